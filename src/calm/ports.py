@@ -50,7 +50,7 @@ class Embedder(Protocol):
 
 
 class Policy(Protocol):
-    """Ranks the models that may serve one request. Pure apart from its own small state (a counter, a seed)."""
+    """Ranks the models that may serve one request; pure apart from a small state such as a counter."""
 
     @property
     def name(self) -> str: ...

@@ -39,7 +39,7 @@ class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of everything an operator writes: an unknown field is a mistake, not a comment."""
 
 
-class SourceSpec(Strict):
+class SourceSpec(Strict, frozen=True, kw_only=True):
     """Where weights come from: parts are fetched in order and concatenated, then checked as one file."""
 
     parts: tuple[str, ...]
@@ -49,7 +49,7 @@ class SourceSpec(Strict):
     licence: str | None = None
 
 
-class EngineSpec(Strict):
+class EngineSpec(Strict, frozen=True, kw_only=True):
     """How a model is run. `kind` picks the backend; the other fields are read by the kinds that need them."""
 
     kind: Literal["llamacpp", "command", "openai"] = "llamacpp"
@@ -75,14 +75,14 @@ class EngineSpec(Strict):
     """llamacpp: further llama.cpp parameters by their CommonParams name, e.g. n_ubatch."""
 
 
-class ChatSpec(Strict):
+class ChatSpec(Strict, frozen=True, kw_only=True):
     """Chat template override (Jinja, as in a GGUF) and stop strings added to every request."""
 
     template: str | None = None
     stop: tuple[str, ...] = ()
 
 
-class PriorSpec(Strict):
+class PriorSpec(Strict, frozen=True, kw_only=True):
     """What the operator believes before anything was observed; every request then improves on it."""
 
     quality: Mapping[str, float] = {}
@@ -94,14 +94,14 @@ class PriorSpec(Strict):
     energy_j_per_token: float | None = None
 
 
-class PriceSpec(Strict):
+class PriceSpec(Strict, frozen=True, kw_only=True):
     """US dollars per million tokens; None where nothing is charged."""
 
     input_usd_per_mtok: float | None = None
     output_usd_per_mtok: float | None = None
 
 
-class SandboxSpec(Strict):
+class SandboxSpec(Strict, frozen=True, kw_only=True):
     """How far the engine's process is kept from the rest of the machine."""
 
     kind: Literal["process", "bubblewrap"] = "process"
@@ -111,7 +111,7 @@ class SandboxSpec(Strict):
     nice: int = 0
 
 
-class ModelCard(Strict):
+class ModelCard(Strict, frozen=True, kw_only=True):
     """One model of the fleet, as its metadata file `fleet/NAME.toml` states it (the paper's d_i, theta_i)."""
 
     name: str
@@ -143,7 +143,7 @@ class ModelCard(Strict):
 # --- one request --------------------------------------------------------------------------------
 
 
-class Weights(Strict):
+class Weights(Strict, frozen=True, kw_only=True):
     """How much each regret counts in the QoS score. Non-negative; only their ratios matter."""
 
     latency: float = 0.3
@@ -152,7 +152,7 @@ class Weights(Strict):
     cost: float = 0.0
 
 
-class Wishes(Strict):
+class Wishes(Strict, frozen=True, kw_only=True):
     """What one caller asks for one request: the `calm` object of the body, or x-calm-* headers."""
 
     goal: str | None = None
@@ -165,7 +165,7 @@ class Wishes(Strict):
     conversation: str | None = None
 
 
-class Ask(Record):
+class Ask(Record, frozen=True, kw_only=True):
     """A validated request. `body` is the OpenAI body as it came, less the `calm` object."""
 
     request_id: str
@@ -191,7 +191,7 @@ class Ask(Record):
     arrived_s: float = 0.0
 
 
-class Features(Record):
+class Features(Record, frozen=True, kw_only=True):
     """What the Monitor reads off a query. `embedding` is L2-normalised, shape (d,), or None."""
 
     prompt_chars: int
@@ -209,7 +209,7 @@ class Features(Record):
     wants_tools: bool
 
 
-class ModelState(Record):
+class ModelState(Record, frozen=True, kw_only=True):
     """One model at one moment, as the Executor owns it."""
 
     model: str
@@ -232,14 +232,14 @@ class ModelState(Record):
     """Sum of the predicted service times of the waiting requests."""
 
 
-class GpuState(Record):
+class GpuState(Record, frozen=True, kw_only=True):
     name: str
     memory_total_bytes: int
     memory_used_bytes: int
     utilisation: float
 
 
-class Snapshot(Record):
+class Snapshot(Record, frozen=True, kw_only=True):
     """The system at one moment. `revision` grows with every residency change: stale plans are told by it."""
 
     revision: int
@@ -258,14 +258,14 @@ class Snapshot(Record):
     gpus: tuple[GpuState, ...] = ()
 
 
-class Belief(Record):
+class Belief(Record, frozen=True, kw_only=True):
     """A prediction: mean and standard deviation of what will be observed."""
 
     mean: float
     sd: float
 
 
-class Estimate(Record):
+class Estimate(Record, frozen=True, kw_only=True):
     """What one model is predicted to do with one request. `ttft_s = queue_s + load_s + prefill_s`."""
 
     model: str
@@ -284,7 +284,7 @@ class Estimate(Record):
     cost_usd: float | None = None
 
 
-class History(Record):
+class History(Record, frozen=True, kw_only=True):
     """Means over a model's last k = 100 observations, None before the first: the paper's dyn_l."""
 
     latency_s: float | None = None
@@ -295,7 +295,7 @@ class History(Record):
     observations: int = 0
 
 
-class Term(Record):
+class Term(Record, frozen=True, kw_only=True):
     """One summand of a score: `value` as measured or predicted, `regret` normalised, times `weight`."""
 
     name: str
@@ -308,7 +308,7 @@ class Term(Record):
         return self.weight * self.regret
 
 
-class Candidate(Record):
+class Candidate(Record, frozen=True, kw_only=True):
     """A model with its score (lower is better) and every term of it."""
 
     model: str
@@ -316,7 +316,7 @@ class Candidate(Record):
     terms: tuple[Term, ...]
 
 
-class Refusal(Record):
+class Refusal(Record, frozen=True, kw_only=True):
     """A model that a hard constraint excluded, and why, in words a user understands."""
 
     model: str
@@ -324,7 +324,7 @@ class Refusal(Record):
     reason: str
 
 
-class Decision(Record):
+class Decision(Record, frozen=True, kw_only=True):
     """Who serves a request and why: what `calm explain` prints."""
 
     request_id: str
@@ -339,7 +339,7 @@ class Decision(Record):
     wall_s: float
 
 
-class Endpoint(Record):
+class Endpoint(Record, frozen=True, kw_only=True):
     """Where an engine listens. With `socket` the request goes over that unix socket."""
 
     base_url: str
@@ -350,7 +350,7 @@ class Endpoint(Record):
     """Per-child key of an engine we started ourselves; never a user's."""
 
 
-class LeaseRequest(Record):
+class LeaseRequest(Record, frozen=True, kw_only=True):
     """What the Executor needs to know to queue a request for a model."""
 
     request_id: str
@@ -360,7 +360,7 @@ class LeaseRequest(Record):
     deadline_at_s: float | None = None
 
 
-class Lease(Record):
+class Lease(Record, frozen=True, kw_only=True):
     """The right to send one request to a resident engine; whoever holds it must release it."""
 
     ticket: int
@@ -372,7 +372,7 @@ class Lease(Record):
     """Time this request waited for a load; 0 when the model was resident."""
 
 
-class Reading(Record):
+class Reading(Record, frozen=True, kw_only=True):
     """Energy of one request, with the meter's name and how it was obtained."""
 
     joules: float
@@ -380,7 +380,7 @@ class Reading(Record):
     kind: MeterKind
 
 
-class Outcome(Record):
+class Outcome(Record, frozen=True, kw_only=True):
     """What was observed. Token counts are the engine's; None where it did not say."""
 
     request_id: str
@@ -405,7 +405,7 @@ class Outcome(Record):
     attempts: int = 1
 
 
-class Feedback(Record):
+class Feedback(Record, frozen=True, kw_only=True):
     """A rating of one answer, 1 (useless) to 5 (perfect), by a user or a judge."""
 
     request_id: str
@@ -418,14 +418,14 @@ class Feedback(Record):
 # --- adaptation ---------------------------------------------------------------------------------
 
 
-class Forecast(Record):
+class Forecast(Record, frozen=True, kw_only=True):
     """Expected requests per second for each model over the next horizon."""
 
     horizon_s: float
     rate_rps: Mapping[str, float]
 
 
-class PlacementPlan(Record):
+class PlacementPlan(Record, frozen=True, kw_only=True):
     """Models worth having in memory, best first, and how much each is worth keeping (higher: keep)."""
 
     revision: int

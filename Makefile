@@ -1,0 +1,65 @@
+# Two commands do everything on a fresh machine:
+#   make serve        environment, weights, and the default fleet on http://127.0.0.1:8420 (PORT= changes it)
+#   make test         every test, on real models
+PORT    ?= 8420
+FLEET   ?= fleet
+VENV    := .venv
+BIN     := $(VENV)/bin
+LOCKUV  := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format lock weights schema docs clean \
+        bench-gateway bench-decision bench-threads bench-soak bench-fresh
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.base: requirements/base.lock pyproject.toml scripts/install.sh
+	@scripts/install.sh $(VENV) requirements/base.lock $@
+
+$(VENV)/.dev: requirements/dev.lock pyproject.toml scripts/install.sh
+	@scripts/install.sh $(VENV) requirements/dev.lock $@
+	@touch $(VENV)/.base
+
+serve: $(VENV)/.base ## install, fetch the default fleet, serve it
+	@exec $(BIN)/calm serve --fleet $(FLEET) --port $(PORT)
+
+weights: $(VENV)/.base ## fetch the default fleet's weights (and the test assets) into the cache
+	@$(BIN)/calm models pull --fleet $(FLEET) --assets
+
+check: $(VENV)/.dev ## format, lint, types, import contracts, fast tests
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && echo "format and lint: ok"
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports | tail -n 4
+	@$(BIN)/pytest tests/unit tests/contract -m "not models"
+
+test: $(VENV)/.dev weights ## everything: static checks, then all tests on real models
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && echo "format and lint: ok"
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports | tail -n 4
+	@$(BIN)/pytest tests
+
+format: $(VENV)/.dev ## rewrite the code in the house format
+	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+
+schema: $(VENV)/.dev ## regenerate the published JSON Schema and the reference pages
+	@$(BIN)/python scripts/reference.py
+
+lock: $(VENV)/.dev ## resolve dependencies anew into requirements/*.lock
+	@$(BIN)/pip install -q uv
+	@$(LOCKUV) pyproject.toml requirements/build.in -o requirements/base.lock
+	@$(LOCKUV) --extra test --extra check pyproject.toml requirements/build.in -o requirements/dev.lock
+
+bench-gateway: $(VENV)/.dev ## gateway overhead beside LiteLLM's proxy
+	@$(BIN)/python benchmarks/gateway.py
+bench-decision: $(VENV)/.dev ## time of a decision, embedding included
+	@$(BIN)/python benchmarks/decision.py
+bench-threads: $(VENV)/.dev weights ## our thread budget against oversubscription
+	@$(BIN)/python benchmarks/threads.py
+bench-soak: $(VENV)/.dev weights ## 1,000 streamed requests with disconnects and a killed engine
+	@$(BIN)/python benchmarks/soak.py
+bench-fresh: ## fresh clone, empty cache: time to the first answer, and of make test
+	@benchmarks/fresh.sh
+
+clean: ## remove the environment and caches inside the tree
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
