@@ -16,10 +16,12 @@ from calm.records import (
     Features,
     Feedback,
     History,
+    KnowledgeSummary,
     MeterKind,
     ModelCard,
     Outcome,
     Snapshot,
+    StoredRequest,
     Vector,
     Weights,
 )
@@ -124,9 +126,7 @@ class UpstreamReply(Protocol):
 class Upstream(Protocol):
     """Speaks HTTP to an endpoint."""
 
-    def post(
-        self, endpoint: Endpoint, path: str, body: bytes
-    ) -> AbstractAsyncContextManager[UpstreamReply]:
+    def post(self, endpoint: Endpoint, path: str, body: bytes) -> AbstractAsyncContextManager[UpstreamReply]:
         """`path` such as /v1/chat/completions. Entering raises EngineLost when nobody answers;
 
         leaving the block early closes the connection, which is what cancels work in the engine.
@@ -168,3 +168,31 @@ class KnowledgeStore(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class EventLog(Protocol):
+    """Remembers what happened to the fleet: residency changes, loads, changes of policy or goal."""
+
+    def record_event(
+        self, kind: str, *, model: str | None = None, detail: Mapping[str, object] | None = None
+    ) -> None:
+        """Returns at once, like every `record_*`."""
+        ...
+
+
+class Recall(Protocol):
+    """Reads back what was recorded. Blocking but thread-safe: call through asyncio.to_thread."""
+
+    def decision(self, request_id: str) -> StoredRequest | None: ...
+
+    def features_of(self, request_id: str) -> Features | None:
+        """With the embedding, for learning from a rating that comes late."""
+        ...
+
+    def recent(
+        self, limit: int = 50, *, model: str | None = None, status: str | None = None
+    ) -> tuple[StoredRequest, ...]:
+        """Newest first."""
+        ...
+
+    def summary(self) -> KnowledgeSummary: ...

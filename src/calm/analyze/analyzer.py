@@ -1,0 +1,368 @@
+"""The Analyze of the loop: for one request, what every model would do with it; and learning what it did.
+
+One facade over the estimators of this room. It owns which row of each belongs to which model and
+predicts the whole fleet in one vectorised pass: three models cost about as much as
+one, a thousand a few milliseconds. No I/O, no clock, no event loop; one owner calls it, from one thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from calm.analyze import checkpoint, lessons
+from calm.analyze import lengths as length_module
+from calm.analyze import tokens as token_module
+from calm.analyze.calibration import Accuracy, Calibration
+from calm.analyze.conversations import Conversations
+from calm.analyze.domains import Verbosity
+from calm.analyze.energy import Energy
+from calm.analyze.latency import Decode, LoadTime, Prefill
+from calm.analyze.lengths import LengthPredictor
+from calm.analyze.prediction import Constants, Pair, Waits, assemble, beliefs, known, product
+from calm.analyze.quality import Quality
+from calm.analyze.regression import Array, Rows, RowState
+from calm.analyze.tokens import TokenCounter
+from calm.ports import Embedder
+from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot
+
+_SERVICE_RATE = 0.1
+_FORGOTTEN_MODELS = 200
+
+
+class Estimator(Protocol):
+    """What all estimators share: a row's state out and in. Features and observations are each one's own."""
+
+    @property
+    def name(self) -> str: ...
+
+    def state(self, row: int) -> RowState | None:
+        """None while the row still holds its prior."""
+        ...
+
+    def restore(self, row: int, state: RowState) -> bool:
+        """False, and the row as it was, when the state does not fit."""
+        ...
+
+
+class Analyzer:
+    """Predicts and learns for the models given with `add`."""
+
+    def __init__(self, embedder: Embedder | None = None) -> None:
+        self._rows: dict[str, int] = {}
+        self._free: list[int] = []
+        self._cards: dict[str, ModelCard] = {}
+        self._constants = Constants()
+        self._tokens = TokenCounter()
+        self._lengths = LengthPredictor()
+        self._load = LoadTime()
+        self._prefill = Prefill()
+        self._decode = Decode()
+        self._energy = Energy()
+        self._quality = Quality(embedder)
+        self._verbosity = None if embedder is None else Verbosity(embedder)
+        self._conversations = Conversations()
+        self._calibration = Calibration()
+        self._service_s: dict[str, float] = {}
+        self._parked: dict[str, checkpoint.ModelMemory] = {}
+
+    # --- the fleet ---
+
+    def add(self, card: ModelCard) -> None:
+        """A model joins, or its card changed.
+
+        What was learned stays when the card still names the same weights and engine (`identity`), as when a
+        description is reworded; a model that left and comes back is remembered, too.
+        """
+        memory = self._memory(card.name) if card.name in self._rows else self._parked.pop(card.name, None)
+        row = self._rows.get(card.name)
+        if row is None:
+            row = self._free.pop() if self._free else len(self._rows)
+            self._rows[card.name] = row
+        self._cards[card.name] = card
+        self._constants.set(row, card)
+        self._prime(row, card)
+        if memory is not None and memory.identity == identity(card):
+            self._recall(card.name, memory)
+        else:
+            self._calibration.forget(card.name)
+            self._conversations.forget(card.name)
+            self._service_s.pop(card.name, None)
+
+    changed = add
+
+    def remove(self, name: str, *, forget: bool = False) -> None:
+        """A model leaves. Unknown names are ignored; what it taught is kept unless `forget`."""
+        if name not in self._rows:
+            return
+        memory = self._memory(name)
+        row = self._rows.pop(name)
+        self._quality.forget(row)
+        self._free.append(row)
+        del self._cards[name]
+        self._service_s.pop(name, None)
+        self._conversations.forget(name)
+        self._calibration.forget(name)
+        if not forget:
+            self._park(name, memory)
+
+    def sync(self, cards: Mapping[str, ModelCard]) -> None:
+        """Makes the known models those of `cards`: adds, removes and updates what differs."""
+        for name in [name for name in self._cards if name not in cards]:
+            self.remove(name)
+        for name, card in cards.items():
+            if self._cards.get(name) != card:
+                self.add(card)
+
+    # --- predicting ---
+
+    def estimate_all(
+        self, ask: Ask, features: Features, snapshot: Snapshot, cards: Mapping[str, ModelCard]
+    ) -> dict[str, Estimate]:
+        """An Estimate for every card, in the order of `cards`. A card never added is added first."""
+        if not cards:
+            return {}
+        for name, card in cards.items():
+            if name not in self._rows:
+                self.add(card)
+        names = list(cards)
+        count = len(names)
+        rows = np.fromiter((self._rows[name] for name in names), np.intp, count)
+        waits = Waits.read(names, cards, snapshot, self._service_s, ask.samples)
+
+        prompt, _ = self._tokens.predict(rows, tiled(token_module.case(features), count))
+        cached = self._cached(features, snapshot, names, prompt)
+        uncached = prompt - cached
+        one = self._one_sample(ask, features, rows, prompt)
+        output = one[0] * max(1, ask.samples), one[1] * max(1, ask.samples)
+        load = self._load.predict(rows, np.ones((count, 1)))
+        joules, joules_sd, metered = self._energy.predict(rows, uncached, *output)
+        estimates = assemble(
+            names,
+            prompt=prompt,
+            cached=cached,
+            output=output,
+            queue=waits.queue,
+            load=(load[0] * waits.cold, load[1] * waits.cold),
+            prefill=self._prefill.predict(rows, uncached, waits.concurrency, waits.threads),
+            decode=product(one, self._decode.predict(rows, waits.decode_features())),
+            energy=known(beliefs((joules, joules_sd)), metered.tolist()),
+            quality=self._quality.predict(rows, features.embedding),
+            cost=self._constants.cost(rows, prompt, output[0]),
+        )
+        return dict(zip(names, estimates, strict=True))
+
+    def _cached(self, features: Features, snapshot: Snapshot, names: list[str], prompt: Array) -> Array:
+        cached = np.zeros(len(names))
+        held = self._conversations.cached(features.conversation, snapshot.models)
+        if held is not None and held[0] in names:
+            index = names.index(held[0])
+            cached[index] = max(0.0, min(held[1], prompt[index] - 1.0))
+        return cached
+
+    def _one_sample(self, ask: Ask, features: Features, rows: Rows, prompt: Array) -> Pair:
+        """Output tokens of one sample, cut at max_tokens and at the room the context leaves."""
+        if ask.kind == "embeddings":
+            return np.zeros(len(rows)), np.zeros(len(rows))
+        room = np.maximum(1.0, self._constants.context(rows) - prompt)
+        cap = room if ask.max_tokens is None else np.minimum(room, max(1, ask.max_tokens))
+        return self._lengths.predict(rows, tiled(self._length_case(features), len(rows)), cap)
+
+    def _length_case(self, features: Features) -> length_module.Case:
+        meaning = features.embedding
+        if meaning is None or self._verbosity is None:
+            return length_module.case(features)
+        return length_module.case(features, self._verbosity(meaning))
+
+    # --- learning ---
+
+    def learn(
+        self,
+        ask: Ask,
+        features: Features,
+        estimate: Estimate | None,
+        outcome: Outcome,
+        threads: int = 1,
+    ) -> None:
+        """One finished request. `estimate`: what was predicted for the model that served it, None if nothing
+        was; `threads`: of the engine. Takes what the outcome truly shows (`lessons`), ignores the rest."""
+        row = self._rows.get(outcome.model) if outcome.model is not None else None
+        if row is None or outcome.model is None or not lessons.served(outcome):
+            return
+        if estimate is not None and estimate.model == outcome.model:
+            self._judge(ask, estimate, outcome)
+        self._learn_tokens(row, features, outcome)
+        self._learn_speed(row, ask, features, outcome, max(1, threads))
+        self._learn_energy(row, outcome)
+        self._learn_conversation(features, estimate, outcome)
+
+    def _learn_tokens(self, row: int, features: Features, outcome: Outcome) -> None:
+        if outcome.prompt_tokens is not None:
+            self._tokens.learn_one(row, token_module.case(features), outcome.prompt_tokens)
+
+    def _learn_speed(self, row: int, ask: Ask, features: Features, outcome: Outcome, threads: int) -> None:
+        uncached, prefill = lessons.uncached_tokens(outcome), lessons.prefill_s(outcome)
+        case = (uncached or 0.0, float(max(1, outcome.concurrency)), threads)
+        expected = self._prefill.predict_one(row, case).mean if uncached is not None else None
+        if uncached is not None and prefill is not None:
+            self._prefill.learn_one(row, case, prefill)
+        tpot = lessons.tpot_s(outcome, ask.samples, expected)
+        if tpot is not None:
+            self._decode.learn_one(
+                row, (max(1, outcome.concurrency) + max(1, ask.samples) - 1, threads), tpot
+            )
+        length = lessons.length(outcome, ask.samples)
+        if length is not None and ask.kind != "embeddings":
+            self._lengths.learn_one(row, self._length_case(features), *length)
+        service = lessons.service_s(outcome)
+        if service is not None and outcome.model is not None:
+            last = self._service_s.get(outcome.model, service)
+            self._service_s[outcome.model] = (1 - _SERVICE_RATE) * last + _SERVICE_RATE * service
+
+    def _learn_energy(self, row: int, outcome: Outcome) -> None:
+        observed = lessons.joules(outcome)
+        if observed is not None:
+            joules, uncached, output = observed
+            self._energy.learn_one(row, (uncached, output), joules)
+
+    def _learn_conversation(self, features: Features, estimate: Estimate | None, outcome: Outcome) -> None:
+        if outcome.model is None:
+            return
+        if estimate is not None and estimate.model == outcome.model:
+            self._conversations.came_true(outcome.model, estimate.cached_tokens, outcome.cached_tokens)
+        tokens = (outcome.prompt_tokens or features.prompt_tokens) + (outcome.completion_tokens or 0)
+        self._conversations.served(features.conversation, outcome.model, tokens)
+
+    def _judge(self, ask: Ask, estimate: Estimate, outcome: Outcome) -> None:
+        """Prediction beside observation, for the calibration report."""
+        name, finished = estimate.model, outcome.status == "ok"
+        saw = self._calibration.saw
+        tokens = outcome.prompt_tokens
+        saw(name, "ttft_s", estimate.ttft_s, outcome.ttft_s)
+        saw(name, "prefill_s", estimate.prefill_s, lessons.prefill_s(outcome))
+        saw(
+            name,
+            "prompt_tokens",
+            Belief(mean=estimate.prompt_tokens, sd=0.15 * estimate.prompt_tokens),
+            tokens,
+        )
+        if finished:
+            saw(name, "total_s", estimate.total_s, outcome.total_s)
+            saw(name, "energy_j", estimate.energy_j, outcome.energy.joules if outcome.energy else None)
+        if finished and ask.kind != "embeddings":
+            saw(name, "output_tokens", estimate.output_tokens, outcome.completion_tokens)
+
+    def loaded(self, model: str, load_s: float) -> None:
+        """A load ended. Its KV cache is empty, and its duration is learned."""
+        row = self._rows.get(model)
+        if row is None:
+            return
+        expected = self._load.predict_one(row)
+        if self._load.learn_one(row, (1.0,), load_s):
+            self._calibration.saw(model, "load_s", expected, load_s)
+        self._conversations.loaded(model)
+
+    def rate(self, features: Features, model: str, rating: float) -> bool:
+        """A rating of an answer, 1..5. False when the model is unknown or the rating out of range."""
+        row = self._rows.get(model)
+        if row is None or not 1.0 <= rating <= 5.0:
+            return False
+        quality = (rating - 1.0) / 4.0
+        expected = self._quality.predict_one(row, features.embedding)
+        sd = math.hypot(expected.sd, self._quality.noise_sd(row))
+        self._calibration.saw(model, "quality", Belief(mean=expected.mean, sd=sd), quality)
+        return self._quality.learn_one(row, features.embedding, quality)
+
+    # --- reporting and remembering ---
+
+    def calibration(self) -> dict[str, dict[str, Accuracy]]:
+        """By model and quantity: error and coverage of the last 200 predictions."""
+        return self._calibration.report()
+
+    def domains_of(self, features: Features) -> list[tuple[str, float]]:
+        """The likeliest domains of a question with their probabilities; empty without an embedding."""
+        return [] if features.embedding is None else self._quality.domains_of(features.embedding)
+
+    def dump(self) -> bytes:
+        """Everything learned, versioned and checksummed."""
+        models = {name: self._memory(name) for name in self._rows}
+        return checkpoint.encode(checkpoint.Memory(self._quality.fingerprint, {**self._parked, **models}))
+
+    def load(self, data: bytes) -> bool:
+        """Takes up what `dump` wrote, for models of the fleet now and for those added later.
+
+        False, with everything as it was, when the bytes are damaged or of another version.
+        """
+        memory = checkpoint.decode(data)
+        if memory is None:
+            return False
+        same_basis = memory.quality_basis == self._quality.fingerprint
+        for name, remembered in memory.models.items():
+            if not same_basis:
+                states = {key: state for key, state in remembered.states.items() if key != self._quality.name}
+                remembered = msgspec.structs.replace(remembered, states=states)
+            card = self._cards.get(name)
+            if card is None:
+                self._park(name, remembered)
+            elif remembered.identity == identity(card):
+                self._recall(name, remembered)
+        return True
+
+    def _prime(self, row: int, card: ModelCard) -> None:
+        self._tokens.add(row)
+        self._lengths.add(row, card.priors.output_tokens)
+        self._load.add(row, card)
+        self._prefill.add(row, card)
+        self._decode.add(row, card)
+        self._energy.add(row, card.priors.energy_j_per_token)
+        self._quality.add(row, card)
+
+    def _memory(self, name: str) -> checkpoint.ModelMemory:
+        row = self._rows[name]
+        states = {part.name: part.state(row) for part in self._estimators()}
+        learned = {key: state for key, state in states.items() if state is not None}
+        return checkpoint.ModelMemory(identity(self._cards[name]), learned, self._service_s.get(name))
+
+    def _recall(self, name: str, memory: checkpoint.ModelMemory) -> None:
+        row = self._rows[name]
+        for part in self._estimators():
+            state = memory.states.get(part.name)
+            if state is not None:
+                part.restore(row, state)
+        if memory.service_s is not None and 0.0 < memory.service_s < math.inf:
+            self._service_s[name] = memory.service_s
+
+    def _estimators(self) -> tuple[Estimator, ...]:
+        return (
+            self._tokens,
+            self._lengths,
+            self._load,
+            self._prefill,
+            self._decode,
+            self._energy,
+            self._quality,
+        )
+
+    def _park(self, name: str, memory: checkpoint.ModelMemory) -> None:
+        self._parked[name] = memory
+        while len(self._parked) > _FORGOTTEN_MODELS:
+            self._parked.pop(next(iter(self._parked)))
+
+
+def identity(card: ModelCard) -> str:
+    """Changes exactly when what was learned about a model no longer holds for it."""
+    weights = card.source.sha256 if card.source is not None else ""
+    engine = card.engine
+    options = sorted(engine.options.items())
+    return repr((weights, engine.kind, engine.cmd, engine.url, engine.upstream_model, options))
+
+
+def tiled(case: tuple[float, ...], count: int) -> Array:
+    """The same features for every model, (count, d)."""
+    x = np.empty((count, len(case)))
+    x[:] = case
+    return x

@@ -1,0 +1,223 @@
+"""How good each model's answer will be, 0..1: the card's belief by domain, corrected by every rating.
+
+Prior: sum over domains of P(domain | question) * the card's quality in it. On top, for each model, a Bayesian
+linear regression of the residual (rating - prior) on what the question is about. Strong shrinkage: with few
+ratings a router that trusts them loses to the best single model.
+
+What the question is about is 64 numbers: a constant, the zero-shot domain probabilities, and a fixed random
+orthonormal projection of the embedding for what no domain names (Johnson and Lindenstrauss 1984). 64 and not
+256 because it learns as well and keeps a model's covariance at 32 KB; docs/decisions/0004 has the figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calm.analyze.domains import DESCRIPTORS, GENERAL, DomainSpace, canonical
+from calm.analyze.regression import Array, Bank, Prior, Rows, RowState
+from calm.ports import Embedder
+from calm.records import Belief, ModelCard, Vector
+
+DIMENSIONS = 64
+UNSTATED_QUALITY = 0.5
+CLAIMED_DOMAIN_BONUS = 0.1
+DESCRIPTION_BONUS = 0.1
+
+_DEFAULT = "default"
+_NAMED = len(DESCRIPTORS)
+_FREE = DIMENSIONS - 1 - _NAMED
+_DOMAIN_SCALE = 6.0  # the squared probabilities of a typical question then sum to about the constant's
+_FREE_SCALE = 16.0  # sqrt(256): a projected coordinate then has unit variance
+_FORGETTING = 0.998
+_PRIOR = Prior(
+    mean=(0.0,) * DIMENSIONS,
+    strength=(2.0, *(300.0,) * (DIMENSIONS - 1)),
+    noise_sd=0.3,
+)
+Case = NDArray[np.float64]
+"""(64,): what `Quality.case` makes of an embedding."""
+
+
+class Quality:
+    """Prior by domain plus learned residual, for all models of the fleet at once."""
+
+    name = "quality"
+
+    def __init__(self, embedder: Embedder | None) -> None:
+        self._embedder = embedder
+        self._bank = Bank(_PRIOR, _FORGETTING, np.float32)
+        self._rated: dict[int, int] = {}
+        self._slots: list[int] = []
+        self._domains = None if embedder is None else DomainSpace(embedder)
+        width = 0 if self._domains is None else len(self._domains.names)
+        self._table: Array = np.zeros((0, width))
+        self._default: Array = np.zeros(0)
+        dimensions = 0 if embedder is None else embedder.dimensions
+        self._described: NDArray[np.float32] = np.zeros((0, dimensions), np.float32)
+        self._present: set[int] = set()
+        self._centre: NDArray[np.float32] = np.zeros(dimensions, np.float32)
+        self._stale = True
+        self._basis = _projection(dimensions)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything the learned numbers depend on: states of another one are not restored."""
+        name = "none" if self._embedder is None else f"{self._embedder.name}/{self._embedder.dimensions}"
+        digest = hashlib.blake2b(
+            repr((name, DIMENSIONS, sorted(DESCRIPTORS.items()))).encode(), digest_size=8
+        )
+        return digest.hexdigest()
+
+    def add(self, row: int, card: ModelCard) -> None:
+        """Sets the row's prior; forgets its ratings."""
+        self.forget(row)
+        self._make_room(row + 1)
+        stated = {canonical(name): float(value) for name, value in card.priors.quality.items()}
+        self._default[row] = stated.pop(_DEFAULT, UNSTATED_QUALITY)
+        if self._domains is None or self._embedder is None:
+            return
+        claimed = [canonical(name) for name in card.domains]
+        self._learn_names([*stated, *claimed])
+        self._described[row] = self._embedder.embed(card.description)
+        self._present.add(row)
+        self._table[row] = prior_row(self._domains.names, self._default[row], stated, claimed)
+
+    def forget(self, row: int) -> None:
+        """The row's model has left, or its ratings no longer hold."""
+        self._present.discard(row)
+        self._stale = True
+        slot = self._rated.pop(row, None)
+        if slot is not None:
+            self._bank.reset(slot)
+            self._slots.append(slot)
+
+    def case(self, embedding: Vector | None) -> Case:
+        """Features of a question. Without an embedding only the constant: then a model's mean is learned."""
+        z = np.zeros(DIMENSIONS)
+        z[0] = 1.0
+        if embedding is not None and self._domains is not None:
+            z[1 : 1 + _NAMED] = _DOMAIN_SCALE * self._domains.coordinates(embedding)
+            z[1 + _NAMED :] = _FREE_SCALE * (embedding @ self._basis)
+        return z
+
+    def prior(self, rows: Rows, embedding: Vector | None) -> Array:
+        """The cards' belief about a question, (m,)."""
+        if embedding is None or self._domains is None:
+            return self._default[rows]
+        mean = self._table.take(rows, axis=0) @ self._domains.posterior(embedding)
+        fit = self._described.take(rows, axis=0) @ embedding
+        return np.asarray(mean + DESCRIPTION_BONUS * (fit - float(self._middle() @ embedding)))
+
+    def predict(self, rows: Rows, embedding: Vector | None, case: Case | None = None) -> tuple[Array, Array]:
+        """Mean and sd, (m,). The sd is of the mean alone, not of single ratings: it shrinks with every
+        rating near this question, which is what exploration needs."""
+        z = self.case(embedding) if case is None else case
+        mean = self.prior(rows, embedding)
+        sd = np.full(len(rows), _unrated_sd(z))
+        rated = [(index, self._rated[row]) for index, row in enumerate(rows.tolist()) if row in self._rated]
+        if rated:
+            where, slots = np.asarray(rated, np.intp).T
+            learned, spread = self._batch(slots, z)
+            mean[where] += learned
+            sd[where] = spread
+        return np.minimum(np.maximum(mean, 0.0), 1.0), sd
+
+    def predict_one(self, row: int, embedding: Vector | None) -> Belief:
+        mean, sd = self.predict(np.asarray([row]), embedding)
+        return Belief(mean=float(mean[0]), sd=float(sd[0]))
+
+    def noise_sd(self, row: int) -> float:
+        """Spread of single ratings around the mean."""
+        slot = self._rated.get(row)
+        return _PRIOR.noise_sd if slot is None else self._bank.noise_sd(slot)
+
+    def learn_one(self, row: int, embedding: Vector | None, quality: float) -> bool:
+        """One rating, 0..1. False when out of range."""
+        if not 0.0 <= quality <= 1.0:
+            return False
+        prior = float(self.prior(np.asarray([row]), embedding)[0])
+        return self._bank.learn_one(self._slot(row), self.case(embedding), quality - prior)
+
+    def state(self, row: int) -> RowState | None:
+        slot = self._rated.get(row)
+        return None if slot is None else self._bank.state(slot)
+
+    def restore(self, row: int, state: RowState) -> bool:
+        return self._bank.restore(self._slot(row), state)
+
+    def domains_of(self, embedding: Vector, most: int = 3) -> list[tuple[str, float]]:
+        """The likeliest domains of a question, for explaining a decision."""
+        if self._domains is None:
+            return []
+        posterior = self._domains.posterior(embedding)
+        return [(self._domains.names[i], float(posterior[i])) for i in posterior.argsort()[::-1][:most]]
+
+    def _middle(self) -> NDArray[np.float32]:
+        """The mean description: fitting it better than the fleet does is what earns the bonus."""
+        if self._stale:
+            rows = sorted(self._present)
+            self._centre = self._described[rows].mean(axis=0) if rows else np.zeros_like(self._centre)
+            self._stale = False
+        return self._centre
+
+    def _batch(self, slots: NDArray[np.intp], z: Case) -> tuple[Array, Array]:
+        mean, variance = self._bank.predict_same(slots, z)
+        return mean, np.sqrt(variance)
+
+    def _slot(self, row: int) -> int:
+        """Covariances are held only for models somebody rated: a row gets one with its first rating."""
+        if row not in self._rated:
+            slot = self._slots.pop() if self._slots else len(self._rated)
+            self._bank.grow(slot + 1)
+            self._rated[row] = slot
+        return self._rated[row]
+
+    def _make_room(self, rows: int) -> None:
+        extra = rows - len(self._default)
+        if extra > 0:
+            extra += rows // 2
+            self._default = np.concatenate([self._default, np.full(extra, UNSTATED_QUALITY)])
+            blank = np.full((extra, self._table.shape[1]), UNSTATED_QUALITY)
+            self._table = np.concatenate([self._table, blank])
+            described = np.zeros((extra, self._described.shape[1]), self._described.dtype)
+            self._described = np.concatenate([self._described, described])
+
+    def _learn_names(self, names: list[str]) -> None:
+        if self._domains is None:
+            return
+        self._domains.favour(names)
+        extra = len(self._domains.names) - self._table.shape[1]
+        if extra:
+            blank = np.repeat(self._default[:, None], extra, axis=1)
+            self._table = np.concatenate([self._table, blank], axis=1)
+
+
+def prior_row(
+    names: tuple[str, ...], default: float, stated: Mapping[str, float], claimed: list[str]
+) -> Array:
+    """Quality by domain: as stated; a little over the default where only claimed; else the default."""
+    row = np.full(len(names), default)
+    for index, name in enumerate(names):
+        if name in stated:
+            row[index] = stated[name]
+        elif name in claimed and name != GENERAL:
+            row[index] = default + CLAIMED_DOMAIN_BONUS
+    return np.asarray(np.clip(row, 0.0, 1.0))
+
+
+def _projection(dimensions: int) -> NDArray[np.float32]:
+    """(dimensions, 64 - domains - 1), orthonormal, the same in every process."""
+    gaussian = np.random.default_rng(2602_03632).standard_normal((dimensions, min(_FREE, dimensions)))
+    basis = np.linalg.qr(gaussian)[0] * np.sqrt(dimensions) / _FREE_SCALE
+    padded = np.zeros((dimensions, _FREE))
+    padded[:, : basis.shape[1]] = basis
+    return np.asarray(padded, np.float32)
+
+
+def _unrated_sd(z: Case) -> float:
+    """The prior's standard deviation at a question."""
+    return float(_PRIOR.noise_sd * np.sqrt(np.sum(z * z / np.asarray(_PRIOR.strength))))

@@ -1,0 +1,14 @@
+"""The `calm` command: what an operator and a caller type.
+
+`calm --help` is read many times a day, so nothing heavy is imported before a command runs: modules of this
+package import click and the standard library only, everything else stands inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of the installed command. Exits 0, 1 (failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    from calm.cli.app import calm
+
+    calm(prog_name="calm")

@@ -1,0 +1,152 @@
+"""The fleet in tables: what a server says of it, or what its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from calm.cli.output import UNKNOWN, note, print_table, printable, seconds, size, warn
+
+if TYPE_CHECKING:
+    from calm.cli.documents import FilesView, FleetView, ModelView
+    from calm.records import ModelCard
+
+HOLDS_MEMORY = frozenset({"loading", "ready", "draining", "unloading"})
+
+
+def from_files(directory: Path) -> FilesView:
+    """The cards of a directory, and whether their weights are cached. Raises BadInput."""
+    from calm.cli.documents import FilesView
+    from calm.registry import load_fleet
+    from calm.settings import cache_dir
+
+    load = load_fleet(directory)
+    cache = cache_dir()
+    return FilesView(
+        fleet=str(directory),
+        models=tuple(file_entry(card, directory, cache) for card in load.fleet.values()),
+        problems=tuple(str(problem) for problem in load.problems),
+    )
+
+
+def file_entry(card: ModelCard, directory: Path, cache: Path) -> Mapping[str, object]:
+    from calm.sources.fetch import cached_path
+
+    path = cached_path(card.source, cache, directory) if card.source else None
+    return {
+        "name": card.name,
+        "engine": card.engine.kind,
+        "placement": card.placement,
+        "context": card.context,
+        "capabilities": card.capabilities,
+        "weights": "none needed" if card.source is None else "cached" if path else "missing",
+        "bytes": path.stat().st_size if path else card.source.bytes if card.source else None,
+        "description": card.description,
+    }
+
+
+def print_files(view: FilesView, *, asked: bool) -> None:
+    """`asked`: the files were what the user wanted, and not what was left without a server."""
+    note(f"from the cards in {view.fleet}" + ("" if asked else "; no server answers"))
+    headers = ("model", "engine", "placement", "context", "capabilities", "weights", "size")
+    print_table(headers, [file_cells(entry) for entry in view.models], right=(3, 6))
+    for problem in view.problems:
+        warn(problem)
+
+
+def file_cells(entry: Mapping[str, object]) -> tuple[str, ...]:
+    capabilities, length = entry["capabilities"], entry["bytes"]
+    return (
+        *(str(entry[field]) for field in ("name", "engine", "placement", "context")),
+        ", ".join(map(str, capabilities)) if isinstance(capabilities, tuple) else UNKNOWN,
+        str(entry["weights"]),
+        size(length) if isinstance(length, int) else UNKNOWN,
+    )
+
+
+def print_server(view: FleetView, url: str) -> None:
+    note(f"from the server at {url}")
+    headers = ("model", "state", "memory", "in flight", "waiting", "threads", "context", "capabilities")
+    print_table(headers, [server_cells(model) for model in view.models], right=range(2, 7))
+    click.echo(
+        f"memory {size(view.used_bytes)} of {size(view.budget_bytes)}, "
+        f"{view.in_flight} in flight, {view.queue_length} waiting"
+    )
+    for bad in view.refused:
+        warn(f"{bad.file}: {f'{bad.field}: ' if bad.field else ''}{bad.reason}")
+
+
+def server_cells(model: ModelView) -> tuple[str, ...]:
+    state = model.state
+    last = (str(model.context or UNKNOWN), ", ".join(model.capabilities))
+    if state is None:
+        return model.name, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, *last
+    return (
+        model.name,
+        state.residency + (", pinned" if state.pinned else ""),
+        memory(model),
+        f"{state.in_flight}/{state.slots}",
+        str(state.waiting),
+        str(state.threads or UNKNOWN),
+        *last,
+    )
+
+
+def memory(model: ModelView) -> str:
+    """What it holds; in brackets, what it is expected to take."""
+    state = model.state
+    if state is None or state.residency == "remote":
+        return UNKNOWN
+    shown = size(state.footprint_bytes)
+    return shown if state.residency in HOLDS_MEMORY else f"({shown})"
+
+
+def standing(model: ModelView) -> str:
+    """`ready, pinned, 211.0 MB, loaded in 0.42 s`, after an action."""
+    state = model.state
+    if state is None:
+        return "no state known"
+    parts = [state.residency, "pinned" if state.pinned else "", state.reason or ""]
+    if state.residency == "ready":
+        parts += [size(state.footprint_bytes), f"loaded in {seconds(state.load_s)}" if state.load_s else ""]
+    return ", ".join(filter(None, parts))
+
+
+# --- one model ----------------------------------------------------------------------------------
+
+
+def print_card(document: Mapping[str, object], *, from_server: bool) -> None:
+    """The card field by field, and before it, from a server, the model's state."""
+    note("from the server" if from_server else "from its card; no server answers or --fleet was given")
+    for name, value in rows(document):
+        click.echo(f"{click.style(f'{name:<24}', bold=True)}{printable(value)}")
+
+
+def rows(document: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Dotted names and values; what is unset or empty is left out."""
+    state, card = document.get("state"), document.get("card")
+    if isinstance(state, Mapping):
+        yield from flat(state, "state.")
+    if isinstance(card, Mapping):
+        yield from flat(card, "")
+
+
+def flat(fields: Mapping[str, object], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            if value:
+                yield prefix + name, ", ".join(map(str, value))
+        elif value not in (None, ""):
+            yield prefix + name, written(name, value)
+
+
+def written(name: str, value: object) -> str:
+    """Sizes with a unit, the rest as it is."""
+    if isinstance(value, int) and (name == "bytes" or name.endswith("_bytes")):
+        return size(value)
+    return str(value)

@@ -1,0 +1,96 @@
+"""How the command line writes: figures with units, tables, JSON, and text that others wrote made harmless."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+
+PIPE_COLUMNS = 200
+"""Width of a table that goes into a pipe or a file: nobody's window, so nothing is cut."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+UNKNOWN = "-"
+
+
+def printable(text: str) -> str:
+    """Without control characters: what a model or a file says must not steer the terminal."""
+    return _CONTROL.sub("", text)
+
+
+def note(text: str) -> None:
+    """A dim remark on stderr, so that stdout stays what was asked for."""
+    click.echo(click.style(printable(text), dim=True), err=True)
+
+
+def warn(text: str) -> None:
+    click.echo(click.style("warning: ", fg="yellow", bold=True) + printable(text), err=True)
+
+
+def emit_json(value: object) -> None:
+    """Any record or document as indented JSON on stdout. What is not finite becomes null."""
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
+    """`right` are the columns of figures."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    figures = frozenset(right)
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="right" if index in figures else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    Console(file=sys.stdout, width=width, highlight=False, markup=False).print(table)
+
+
+def heading(text: str) -> None:
+    click.echo()
+    click.secho(text, bold=True)
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def seconds(value: float | None) -> str:
+    """1.9 ms, 0.42 s, 12.3 s, 3 min 20 s."""
+    if value is None:
+        return UNKNOWN
+    if value < 0.01:
+        return f"{value * 1000:.1f} ms"
+    if value < 10:
+        return f"{value:.2f} s"
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest} s"
+
+
+def size(count: float | None) -> str:
+    """98.4 MB, 1.9 GiB would be another convention: decimal, as on a disk's label and a download's."""
+    if count is None:
+        return UNKNOWN
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def joules(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.3g} J" if value < 1000 else f"{value:,.0f} J"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return UNKNOWN if value is None else f"{value:.{digits}g}"
+
+
+def count(value: int, noun: str) -> str:
+    """1 model, 2 models."""
+    return f"{value} {noun}" if value == 1 else f"{value} {noun}s"

@@ -1,0 +1,26 @@
+"""`calm version`."""
+
+from __future__ import annotations
+
+import platform
+
+import click
+
+from calm import __version__
+from calm.cli.output import emit_json
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def version(as_json: bool) -> None:
+    """Print the versions of CALM and of the Python it runs on.
+
+    \b
+    Example:
+      calm version
+    """
+    found = {"calm": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    if as_json:
+        emit_json(found)
+    else:
+        click.echo(f"calm {found['calm']} (Python {found['python']}, {found['platform']})")

@@ -1,0 +1,440 @@
+"""The sole owner of the residency machine: feeds it events, carries out its commands.
+
+A grant for a model that is resident is made inside `acquire` without a task switch, so a warm request pays
+microseconds. Everything that takes time (loads, stops) runs in the engine room and comes back as an event.
+All methods are to be called on the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from calm.errors import CalmError, EngineLost, UnknownModel
+from calm.errors import LoadFailed as LoadFailedError
+from calm.execute.engine_room import EngineRoom, Up, Weights, describe, stop_engine
+from calm.execute.events import (
+    AdminLoad,
+    AdminUnload,
+    Cancel,
+    CancelLoad,
+    Close,
+    Command,
+    Discipline,
+    Done,
+    Event,
+    FleetChanged,
+    Grant,
+    Limits,
+    Loaded,
+    LoadFailed,
+    Measured,
+    Moved,
+    Pin,
+    Prefer,
+    Refuse,
+    Release,
+    SetBudget,
+    SetPolicy,
+    StartLoad,
+    StartUnload,
+    Tick,
+    Unpin,
+    Want,
+)
+from calm.execute.eviction import parse_eviction
+from calm.execute.residency import Machine
+from calm.execute.sizing import size_fleet
+from calm.ports import Clock, EngineBackend, RunningEngine
+from calm.records import Endpoint, Lease, LeaseRequest, ModelCard, ModelState, PlacementPlan, Residency
+
+log = logging.getLogger("calm.execute")
+OnTransition = Callable[[str, Residency, Residency, float, str | None], None]
+Logged = tuple[float, Event, tuple[Command, ...]]
+SHORTEST_WAIT_S = 0.001
+
+
+class _Ask:
+    """Someone waiting for an answer; `future` only exists when it did not come at once."""
+
+    __slots__ = ("answered_s", "asked_s", "endpoint", "error", "future", "load_s", "model")
+
+    def __init__(self, model: str, asked_s: float) -> None:
+        self.model = model
+        self.asked_s = asked_s
+        self.answered_s: float | None = None
+        self.endpoint: Endpoint | None = None
+        self.load_s = 0.0
+        self.error: CalmError | None = None
+        self.future: asyncio.Future[None] | None = None
+
+
+class Executor:
+    """Leases engines, keeps them within memory and cores, loads and unloads them."""
+
+    def __init__(
+        self,
+        cards: Mapping[str, ModelCard],
+        backends: Mapping[str, EngineBackend],
+        weights: Weights,
+        clock: Clock,
+        limits: Limits,
+        *,
+        queue: Discipline = "fifo",
+        eviction: str = "calm",
+        log_size: int = 1000,
+    ) -> None:
+        """`backends` by engine kind. Raises BadInput when `eviction` is no policy."""
+        self._clock = clock
+        self._limits = limits
+        self._machine = Machine(limits, parse_eviction(eviction), queue)
+        self._room = EngineRoom(backends, weights, clock, self._feed)
+        self._cards: dict[str, ModelCard] = {}
+        self._tickets = itertools.count(1)
+        self._asks: dict[int, _Ask] = {}
+        self._remotes: dict[str, asyncio.Task[Up]] = {}
+        self._farewells: set[asyncio.Task[str | None]] = set()
+        self._listeners: list[OnTransition] = []
+        self._log: deque[Logged] = deque(maxlen=log_size)
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_s: float | None = None
+        """When to wake; infinity: only an event can change anything; None: not known."""
+        self._measuring = False
+        self._idle: asyncio.Event | None = None
+        self.update_fleet(cards)
+
+    # --- leases ---------------------------------------------------------------------------------
+
+    async def acquire(self, request: LeaseRequest) -> Lease:
+        """The right to send one request to `request.model`; give it back with `release`.
+
+        Returns without a task switch when the model is resident and free. Raises UnknownModel, NeverFits,
+        LoadFailed, QueueFull, DeadlineExceeded, ShuttingDown, Unavailable, and EngineLost when the engine
+        died in the moment it was granted. A cancelled caller leaves nothing behind.
+        """
+        now_s = self._clock.now()
+        ticket = next(self._tickets)
+        ask = self._asks[ticket] = _Ask(request.model, now_s)
+        self._feed(
+            Want(now_s, ticket, request.request_id, request.model, request.expected_s, request.deadline_at_s)
+        )
+        if ask.answered_s is None:
+            await self._answer(ticket, ask)
+        if ask.error is not None:
+            raise ask.error
+        if ask.endpoint is None:
+            ask.endpoint = await self._reach(ticket, request.model)
+        waited_s = (ask.answered_s or now_s) - now_s
+        return Lease(
+            ticket=ticket,
+            request_id=request.request_id,
+            model=request.model,
+            endpoint=ask.endpoint,
+            queued_s=max(0.0, waited_s - ask.load_s),
+            load_s=ask.load_s,
+        )
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back; safe to repeat, and after its engine died."""
+        self._feed(Release(self._clock.now(), lease.ticket))
+
+    async def _answer(self, ticket: int, ask: _Ask) -> None:
+        ask.future = asyncio.get_running_loop().create_future()
+        try:
+            await ask.future
+        except asyncio.CancelledError:
+            self._withdraw(ticket)
+            raise
+
+    def _withdraw(self, ticket: int) -> None:
+        """The caller is gone: out of the queue, or, if the grant raced in, the lease back."""
+        if self._asks.pop(ticket, None) is not None:
+            self._feed(Cancel(self._clock.now(), ticket))
+        else:
+            self._feed(Release(self._clock.now(), ticket))
+
+    # --- remote engines: nothing to load, but somebody has to be there ---------------------------
+
+    async def _reach(self, ticket: int, model: str) -> Endpoint:
+        """Endpoint of a remote engine, reached on first use. On failure the ticket is given back."""
+        try:
+            task = self._remote(model)
+            if not task.done():
+                await asyncio.wait({task})
+            if task.cancelled():
+                raise LoadFailedError("its card changed meanwhile")
+            return task.result().engine.endpoint
+        except BaseException as error:
+            self._feed(Release(self._clock.now(), ticket))
+            if isinstance(error, Exception):
+                raise LoadFailedError(f"{model} cannot be reached: {describe(error)}") from error
+            raise
+
+    def _remote(self, model: str) -> asyncio.Task[Up]:
+        task = self._remotes.get(model)
+        if task is None:
+            card = self._cards.get(model)
+            if card is None or not card.remote:
+                raise EngineLost(f"{model}: its engine went away while the request waited")
+            task = asyncio.create_task(self._room.start(card, 0), name=f"reach {model}")
+            task.add_done_callback(lambda done: self._reached(model, done))
+            self._remotes[model] = task
+        return task
+
+    def _reached(self, model: str, task: asyncio.Task[Up]) -> None:
+        current = self._remotes.get(model) is task
+        if task.cancelled() or task.exception() is not None:
+            if current:
+                del self._remotes[model]
+                error = "interrupted" if task.cancelled() else describe(task.exception())
+                self._feed(LoadFailed(self._clock.now(), model, error))
+            return
+        if current:
+            up = task.result()
+            self._feed(Loaded(self._clock.now(), model, None, self._clock.now() - up.started_s))
+
+    def _leave_remote(self, model: str) -> None:
+        task = self._remotes.pop(model, None)
+        if task is None:
+            return
+        if not task.done():
+            task.cancel()
+        elif not task.cancelled() and task.exception() is None:
+            farewell = asyncio.create_task(stop_engine(model, task.result().engine), name=f"leave {model}")
+            self._farewells.add(farewell)
+            farewell.add_done_callback(self._farewells.discard)
+
+    # --- orders ---------------------------------------------------------------------------------
+
+    async def load(self, model: str) -> None:
+        """Make a model resident, evicting idle ones if need be; returns when it is. Errors as `acquire`."""
+        await self._order(model, lambda at_s, ticket: AdminLoad(at_s, ticket, model))
+
+    async def unload(self, model: str, force: bool = False) -> None:
+        """Returns when the model is out of memory. Leases are waited for unless `force`, which ends them
+
+        and also overrides a pin. Raises BadInput for a pinned or remote model.
+        """
+        await self._order(model, lambda at_s, ticket: AdminUnload(at_s, ticket, model, force))
+
+    async def _order(self, model: str, event: Callable[[float, int], Event]) -> None:
+        now_s = self._clock.now()
+        ticket = next(self._tickets)
+        ask = self._asks[ticket] = _Ask(model, now_s)
+        self._feed(event(now_s, ticket))
+        if ask.answered_s is None:
+            await self._answer(ticket, ask)
+        if ask.error is not None:
+            raise ask.error
+
+    def pin(self, model: str) -> None:
+        """Never evict this model, and load it as soon as there is room. Raises UnknownModel."""
+        self._feed(Pin(self._clock.now(), self._known(model)))
+
+    def unpin(self, model: str) -> None:
+        self._feed(Unpin(self._clock.now(), self._known(model)))
+
+    def _known(self, model: str) -> str:
+        if model not in self._cards:
+            raise UnknownModel(f"{model}: no such model in the fleet")
+        return model
+
+    def prefer(self, plan: PlacementPlan) -> None:
+        """Propose what to have in memory; ignored when residency changed since the plan's revision."""
+        self._feed(Prefer(self._clock.now(), plan))
+
+    def update_fleet(self, cards: Mapping[str, ModelCard]) -> None:
+        """New cards in force. Leases on changed or removed models run to their end."""
+        before, self._cards = self._cards, dict(cards)
+        for name, card in before.items():
+            if card.remote and self._cards.get(name) != card:
+                self._leave_remote(name)
+        self._feed(FleetChanged(self._clock.now(), size_fleet(self._cards, self._limits.cores)))
+
+    def set_budget(self, budget_bytes: int) -> None:
+        self._feed(SetBudget(self._clock.now(), budget_bytes))
+
+    def set_queue(self, queue: Discipline) -> None:
+        self._feed(SetPolicy(self._clock.now(), queue=queue))
+
+    def set_eviction(self, spec: str) -> None:
+        """Raises BadInput when `spec` is no policy."""
+        self._feed(SetPolicy(self._clock.now(), eviction=parse_eviction(spec)))
+
+    async def tick(self) -> None:
+        """Once a second: deadlines, idle models, retries, and the footprints of what is resident."""
+        self._feed(Tick(self._clock.now()))
+        if self._measuring:
+            return
+        self._measuring = True
+        try:
+            for model, footprint_bytes in await self._room.measure():
+                self._feed(Measured(self._clock.now(), model, footprint_bytes))
+        finally:
+            self._measuring = False
+
+    async def close(self, grace_s: float = 10.0) -> None:
+        """Refuse who waits, give leases `grace_s` to end, stop every engine. Returns when all are gone."""
+        self._idle = asyncio.Event()
+        self._feed(Close(self._clock.now()))
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            log.warning("%d requests did not end within %.0f s of grace", self.in_flight, grace_s)
+        self._feed(Close(self._clock.now(), force=True))
+        for model in list(self._remotes):
+            self._leave_remote(model)
+        await self._room.settled()
+        if self._farewells:
+            await asyncio.wait(self._farewells)
+        self._stop_timer()
+
+    # --- what can be read -----------------------------------------------------------------------
+
+    def engine(self, model: str) -> RunningEngine | None:
+        """The engine that answers for a model now; None while it has none."""
+        up = self._room.up.get(model)
+        if up is not None:
+            return up.engine
+        task = self._remotes.get(model)
+        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+            return None
+        return task.result().engine
+
+    def pids(self) -> Mapping[str, tuple[int, ...]]:
+        """Processes of each resident local engine."""
+        return {model: up.engine.pids() for model, up in self._room.up.items()}
+
+    def snapshot_models(self) -> Mapping[str, ModelState]:
+        """Every model's state; the mapping never changes afterwards."""
+        return self._machine.models()
+
+    def load_of(self, model: str) -> int:
+        """Leases held on a model now."""
+        return self._machine.leases_of(model)
+
+    @property
+    def revision(self) -> int:
+        return self._machine.revision
+
+    @property
+    def budget_bytes(self) -> int:
+        return self._machine.budget_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self._machine.used_bytes
+
+    @property
+    def queue_length(self) -> int:
+        return self._machine.queue_length
+
+    @property
+    def in_flight(self) -> int:
+        return self._machine.in_flight
+
+    @property
+    def cores(self) -> int:
+        return self._limits.cores
+
+    @property
+    def threads_in_use(self) -> int:
+        return self._machine.cores_in_use
+
+    @property
+    def policies(self) -> tuple[str, str]:
+        """Queue discipline and eviction policy in force."""
+        return self._machine.policies
+
+    @property
+    def events(self) -> tuple[Logged, ...]:
+        """The latest events with the commands they led to, oldest first."""
+        return tuple(self._log)
+
+    def subscribe(self, listener: OnTransition) -> None:
+        """Call `listener(model, old, new, at_s, detail)` on every residency change."""
+        self._listeners.append(listener)
+
+    # --- the machine ----------------------------------------------------------------------------
+
+    def _feed(self, event: Event) -> None:
+        commands = self._machine.step(event)
+        self._log.append((event.at_s, event, tuple(commands)))
+        for command in commands:
+            self._perform(command, event.at_s)
+        if self._machine.queue_length:
+            self._set_timer(event)
+        elif self._timer_at_s is not None:
+            self._stop_timer()
+        if self._idle is not None and not self._machine.in_flight:
+            self._idle.set()
+
+    def _perform(self, command: Command, at_s: float) -> None:
+        match command:
+            case Grant(ticket):
+                self._granted(self._asks.pop(ticket), at_s)
+            case Refuse(ticket, error):
+                ask = self._asks.pop(ticket)
+                ask.error = error
+                _answered(ask, at_s)
+            case Done(ticket):
+                _answered(self._asks.pop(ticket), at_s)
+            case StartLoad(model, threads):
+                self._room.load(self._cards[model], threads)
+            case CancelLoad(model):
+                self._room.cancel_load(model)
+            case StartUnload(model):
+                self._room.unload(model)
+            case Moved():
+                self._tell(command)
+
+    def _granted(self, ask: _Ask, at_s: float) -> None:
+        up = self._room.up.get(ask.model)
+        if up is not None:
+            ask.endpoint = up.engine.endpoint
+            ask.load_s = max(0.0, min(at_s, up.ready_s) - max(ask.asked_s, up.started_s))
+        _answered(ask, at_s)
+
+    def _tell(self, moved: Moved) -> None:
+        log.info("%s: %s -> %s (%s)", moved.model, moved.old, moved.new, moved.detail or "")
+        for listener in self._listeners:
+            try:
+                listener(moved.model, moved.old, moved.new, moved.at_s, moved.detail)
+            except Exception:
+                log.exception("a listener failed on %s", moved)
+
+    def _set_timer(self, event: Event) -> None:
+        """Wake the machine when a waiter's deadline passes or it has waited long enough to claim its turn."""
+        if self._timer_at_s is not None:
+            if isinstance(event, Release | Cancel):
+                return
+            if isinstance(event, Want):
+                deadline_s = float("inf") if event.deadline_at_s is None else event.deadline_at_s
+                if min(deadline_s, event.at_s + self._limits.bypass_s) >= self._timer_at_s:
+                    return
+        self._stop_timer()
+        wake_at_s = self._machine.wake_at_s(event.at_s)
+        self._timer_at_s = float("inf") if wake_at_s is None else wake_at_s
+        if wake_at_s is not None:
+            delay_s = max(wake_at_s - self._clock.now(), SHORTEST_WAIT_S)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _stop_timer(self) -> None:
+        """After this nobody knows when to wake, so the next event finds out."""
+        self._timer_at_s = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wake(self) -> None:
+        self._stop_timer()
+        self._feed(Tick(self._clock.now()))
+
+
+def _answered(ask: _Ask, at_s: float) -> None:
+    ask.answered_s = at_s
+    if ask.future is not None and not ask.future.done():
+        ask.future.set_result(None)

@@ -1,0 +1,66 @@
+"""How much an engine will take before it was ever run: bytes and threads; and what forces a restart.
+
+Guesses that a measurement replaces: they only have to be good enough for the first load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from calm.execute.events import Fleet
+from calm.records import ModelCard
+
+MIB = 1024 * 1024
+OVERHEAD_BYTES = 64 * MIB
+"""What an engine needs besides the weights: code, buffers, a small KV cache."""
+WEIGHTS_FACTOR = 1.2
+RUNTIME_NEUTRAL = frozenset(
+    {"description", "domains", "placement", "memory_hint_bytes", "priors", "price", "max_in_flight"}
+)
+"""Card fields a running engine does not depend on."""
+
+
+def bytes_for_weights(weights_bytes: int) -> int:
+    """Resident bytes expected of an engine over weights of this size."""
+    return int(weights_bytes * WEIGHTS_FACTOR) + OVERHEAD_BYTES
+
+
+def estimate_bytes(card: ModelCard) -> int:
+    """The card's hint, else from the size of its weights, else the bare overhead (then measured)."""
+    if card.remote:
+        return 0
+    if card.memory_hint_bytes is not None:
+        return card.memory_hint_bytes
+    weights = card.source.bytes if card.source is not None else None
+    return OVERHEAD_BYTES if weights is None else bytes_for_weights(weights)
+
+
+def threads_for(card: ModelCard, cores: int, local_models: int) -> int:
+    """The card's threads, else an even share of the cores among the models that can be active at once.
+
+    Two engines with two threads each on two cores run several times slower than with one each.
+    """
+    if card.remote:
+        return 0
+    share = cores // min(cores, max(local_models, 1))
+    return max(1, min(card.engine.threads or share, cores))
+
+
+def size_fleet(cards: Mapping[str, ModelCard], cores: int) -> Fleet:
+    local = sum(not card.remote for card in cards.values())
+    return Fleet(
+        cards=dict(cards),
+        bytes={name: estimate_bytes(card) for name, card in cards.items()},
+        threads={name: threads_for(card, cores, local) for name, card in cards.items()},
+    )
+
+
+def needs_restart(old: ModelCard, new: ModelCard) -> bool:
+    """True when an engine started from `old` cannot serve `new`."""
+    fields = (f for f in old.__struct_fields__ if f not in RUNTIME_NEUTRAL)
+    return any(getattr(old, f) != getattr(new, f) for f in fields)
+
+
+def needs_measuring_anew(old: ModelCard, new: ModelCard) -> bool:
+    """True when a footprint measured under `old` says nothing about `new`."""
+    return (old.source, old.engine, old.context) != (new.source, new.engine, new.context)

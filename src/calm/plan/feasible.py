@@ -1,0 +1,306 @@
+"""Hard constraints come before any score: a model that may not serve a request must never win it.
+
+Two filters, both pure. `feasible` needs no prediction: it reads the request, the cards and the snapshot.
+`within_limits` reads the predictions and enforces the caller's deadline, joules and dollars.
+
+The tree of `feasible`, the same numbers in the body:
+
+    1  pinned       the caller named another model
+    2  allowed      the caller's `allowed_models` leaves it out
+    3  privacy      `privacy: local`, and the model answers from elsewhere
+    4  capability   chat, completion, embeddings, tools or json is asked for and missing
+    5  context      the prompt alone is longer than the context, even if the estimate is 2 sd too high
+    6  memory       it is larger than the budget that is not pinned: it can never be loaded
+    7  health       it failed and its pause is not over             given up when nothing healthy is left
+    8  room         prompt (+1 sd) and answer probably do not fit   given up first when nothing is left
+
+1 to 6 are never given up. A model that was refused by 7, 8 or the deadline and serves all the same, because
+nothing better is left, is marked with a `Refusal` whose constraint is BEST_EFFORT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from calm.errors import DeadlineExceeded, NoCandidate, UnknownModel
+from calm.records import Ask, Capability, Estimate, Features, ModelCard, ModelState, Refusal, Snapshot
+
+BEST_EFFORT = "best_effort"
+"""Constraint name of a mark, not of a refusal: the model is ranked although a soft limit is broken."""
+
+PROMPT_RELATIVE_SD = 0.2
+"""Spread of the prompt's token count over tokenizers, relative to the model-independent estimate."""
+
+ANSWER_RESERVE_TOKENS = 32
+"""Room kept for an answer when the caller set no max_tokens."""
+
+LISTED_REFUSALS = 12
+"""How many models an error message names before it only counts."""
+
+
+class _Facts(NamedTuple):
+    """What every check needs, computed once per request."""
+
+    ask: Ask
+    needs: frozenset[Capability]
+    allowed: frozenset[str] | None
+    surely_tokens: float
+    probably_tokens: float
+    snapshot: Snapshot
+    pinned_bytes: int
+
+
+_Check = Callable[[_Facts, ModelCard, ModelState | None], str | None]
+
+
+def feasible(
+    ask: Ask, features: Features, snapshot: Snapshot, cards: Mapping[str, ModelCard]
+) -> tuple[dict[str, ModelCard], tuple[Refusal, ...]]:
+    """The cards that may serve `ask`, in the order given, and why each other one may not.
+
+    Raises UnknownModel when the pinned model is not in the fleet, NoCandidate when no card is left.
+    """
+    if ask.model is not None and ask.model not in cards:
+        raise UnknownModel(_unknown(ask.model, cards), field="model")
+    facts = _facts(ask, features, snapshot)
+    refused = [refusal for card in cards.values() if (refusal := _refuse(facts, card))]
+    out = {refusal.model for refusal in refused}
+    kept = {name: card for name, card in cards.items() if name not in out}
+    if not kept:
+        revived, refused = _relax(refused)
+        kept = {name: cards[name] for name in revived}
+    if not kept:
+        raise NoCandidate(_nobody(refused))
+    return kept, tuple(refused)
+
+
+def within_limits(
+    estimates: Mapping[str, Estimate],
+    cards: Mapping[str, ModelCard],
+    ask: Ask,
+    now_s: float,
+    refused: Sequence[Refusal] = (),
+) -> tuple[dict[str, Estimate], tuple[Refusal, ...]]:
+    """The estimates that respect the caller's joules, dollars and deadline, and the models that do not.
+
+    `refused` are earlier refusals, carried into the result and into NoCandidate's message. When the deadline
+    alone leaves nobody, the fastest model is kept and marked BEST_EFFORT; joules and dollars are never
+    exceeded. Raises NoCandidate, or DeadlineExceeded when the deadline has already passed.
+    """
+    left_s = _time_left_s(ask, now_s)
+    over = [r for name, e in estimates.items() if (r := _over_budget(ask, e, cards.get(name)))]
+    broke = {refusal.model for refusal in over}
+    affordable = {name: e for name, e in estimates.items() if name not in broke}
+    if not affordable:
+        raise NoCandidate(_nobody([*refused, *over]))
+    kept, late = _in_time(affordable, left_s)
+    return kept, (*refused, *over, *late)
+
+
+# --- the checks of feasible ----------------------------------------------------------------------
+
+
+def _pinned(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 1
+    wanted = facts.ask.model
+    return f"the request names {wanted}" if wanted is not None and wanted != card.name else None
+
+
+def _allowed(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 2
+    out = facts.allowed is not None and card.name not in facts.allowed
+    return "not in the request's allowed_models" if out else None
+
+
+def _private(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 3
+    out = facts.ask.wishes.privacy == "local" and card.placement == "remote"
+    return "the request must stay on local models and this one is remote" if out else None
+
+
+def _capable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 4
+    missing = facts.needs.difference(card.capabilities)
+    return f"does not do {', '.join(sorted(missing))}" if missing else None
+
+
+def _readable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 5
+    if facts.surely_tokens < card.context:
+        return None
+    return f"the prompt has at least {facts.surely_tokens:,.0f} tokens, its context {card.context:,}"
+
+
+def _fits(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 6
+    if card.remote or (state is not None and state.residency == "ready"):
+        return None
+    size = state.footprint_bytes if state else card.memory_hint_bytes
+    own = size if state and size and state.pinned and _holds_memory(state) else 0
+    room = facts.snapshot.budget_bytes - facts.pinned_bytes + (own or 0)
+    if size is None or size <= room:
+        return None
+    return f"needs {_mib(size)} of memory, at most {_mib(room)} of the budget can be freed for it"
+
+
+def _healthy(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 7
+    if state is None:
+        return None
+    waits = state.retry_at_s is not None and state.retry_at_s > facts.snapshot.at_s
+    if not waits and not (state.residency == "failed" and state.retry_at_s is None):
+        return None
+    why = state.reason or "its engine failed"
+    pause_s = (state.retry_at_s or 0.0) - facts.snapshot.at_s
+    return f"{why}; tried again in {pause_s:.1f} s" if waits else why
+
+
+def _roomy(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 8
+    if facts.probably_tokens <= card.context:
+        return None
+    tokens = f"{facts.probably_tokens:,.0f}"
+    return f"prompt and answer take up to {tokens} tokens, its context {card.context:,}"
+
+
+_CHECKS: tuple[tuple[str, _Check], ...] = (
+    ("pinned", _pinned),
+    ("allowed", _allowed),
+    ("privacy", _private),
+    ("capability", _capable),
+    ("context", _readable),
+    ("memory", _fits),
+    ("health", _healthy),
+    ("room", _roomy),
+)
+_SOFT = ("room", "health")
+"""Given up in this order: a cut answer is better than an engine that just failed."""
+
+
+def _refuse(facts: _Facts, card: ModelCard) -> Refusal | None:
+    """The first check that speaks against the card; soft ones come last, so they hide no hard one."""
+    state = facts.snapshot.models.get(card.name)
+    for constraint, check in _CHECKS:
+        reason = check(facts, card, state)
+        if reason is not None:
+            return Refusal(model=card.name, constraint=constraint, reason=reason)
+    return None
+
+
+def _relax(refused: Sequence[Refusal]) -> tuple[list[str], list[Refusal]]:
+    """The models to keep after all, and the refusals with theirs turned into marks."""
+    for soft in _SOFT:
+        revived = [refusal.model for refusal in refused if refusal.constraint == soft]
+        if revived:
+            return revived, [_marked(r) if r.constraint == soft else r for r in refused]
+    return [], list(refused)
+
+
+def _marked(refusal: Refusal) -> Refusal:
+    return Refusal(
+        model=refusal.model,
+        constraint=BEST_EFFORT,
+        reason=f"kept, nothing better is left: {refusal.reason}",
+    )
+
+
+def _facts(ask: Ask, features: Features, snapshot: Snapshot) -> _Facts:
+    allowed = ask.wishes.allowed_models
+    prompt = features.prompt_tokens
+    answer = 0 if ask.kind == "embeddings" else ask.max_tokens or ANSWER_RESERVE_TOKENS
+    pinned = (s for s in snapshot.models.values() if s.pinned and _holds_memory(s))
+    return _Facts(
+        ask=ask,
+        needs=ask.requires | {ask.kind},
+        allowed=None if allowed is None else frozenset(allowed),
+        surely_tokens=prompt * (1.0 - 2.0 * PROMPT_RELATIVE_SD),
+        probably_tokens=prompt * (1.0 + PROMPT_RELATIVE_SD) + answer,
+        snapshot=snapshot,
+        pinned_bytes=sum(state.footprint_bytes for state in pinned),
+    )
+
+
+def _holds_memory(state: ModelState) -> bool:
+    return state.residency in ("ready", "loading", "draining", "unloading")
+
+
+# --- the checks of within_limits -----------------------------------------------------------------
+
+
+def _over_budget(ask: Ask, estimate: Estimate, card: ModelCard | None) -> Refusal | None:
+    for constraint, reason in (
+        ("energy", _energy(ask.wishes.max_energy_j, estimate)),
+        ("cost", _cost(ask.wishes.max_cost_usd, estimate, card)),
+    ):
+        if reason is not None:
+            return Refusal(model=estimate.model, constraint=constraint, reason=reason)
+    return None
+
+
+def _energy(limit_j: float | None, estimate: Estimate) -> str | None:
+    if limit_j is None:
+        return None
+    if estimate.energy_j is None:
+        return f"its energy is unknown and the request allows at most {limit_j:g} J"
+    mean_j = estimate.energy_j.mean
+    return f"predicted {mean_j:.3g} J, allowed {limit_j:g} J" if mean_j > limit_j else None
+
+
+def _cost(limit_usd: float | None, estimate: Estimate, card: ModelCard | None) -> str | None:
+    if limit_usd is None:
+        return None
+    cost_usd = cost_of(estimate, card)
+    if cost_usd is None:
+        return f"its price is unknown and the request allows at most ${limit_usd:g}"
+    return f"predicted ${cost_usd:.3g}, allowed ${limit_usd:g}" if cost_usd > limit_usd else None
+
+
+def cost_of(estimate: Estimate, card: ModelCard | None) -> float | None:
+    """Dollars of one request. A local model without a price is free; a remote one's price is unknown."""
+    if estimate.cost_usd is not None:
+        return estimate.cost_usd
+    return 0.0 if card is not None and card.placement == "local" else None
+
+
+def _time_left_s(ask: Ask, now_s: float) -> float | None:
+    deadline_s = ask.wishes.deadline_s
+    if deadline_s is None:
+        return None
+    left_s = deadline_s - (now_s - ask.arrived_s)
+    if left_s <= 0:
+        raise DeadlineExceeded(f"the deadline of {deadline_s:g} s passed before a model could be chosen")
+    return left_s
+
+
+def _in_time(
+    estimates: Mapping[str, Estimate], left_s: float | None
+) -> tuple[dict[str, Estimate], list[Refusal]]:
+    if left_s is None:
+        return dict(estimates), []
+    late = [_late(e, left_s) for e in estimates.values() if not e.total_s.mean <= left_s]
+    if len(late) < len(estimates):
+        out = {refusal.model for refusal in late}
+        return {name: e for name, e in estimates.items() if name not in out}, late
+    fastest = min(estimates.values(), key=lambda e: (e.total_s.mean, e.model)).model
+    return {fastest: estimates[fastest]}, [_marked(r) if r.model == fastest else r for r in late]
+
+
+def _late(estimate: Estimate, left_s: float) -> Refusal:
+    reason = f"predicted {estimate.total_s.mean:.3g} s, {left_s:.3g} s are left to the deadline"
+    return Refusal(model=estimate.model, constraint="deadline", reason=reason)
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _nobody(refused: Sequence[Refusal]) -> str:
+    if not refused:
+        return "no model can serve this request: the fleet is empty; add a metadata file to it"
+    listed = "; ".join(f"{r.model}: {r.reason}" for r in refused[:LISTED_REFUSALS])
+    more = len(refused) - LISTED_REFUSALS
+    return f"no model can serve this request. {listed}" + (f"; and {more} more" if more > 0 else "")
+
+
+def _unknown(name: str, cards: Iterable[str]) -> str:
+    names = sorted(cards)
+    close = get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names[:LISTED_REFUSALS])}"
+    return f"no model named {name!r} in the fleet; {hint} `calm` lets CALM choose"
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{max(size_bytes, 0) / 2**20:,.0f} MiB"

@@ -1,0 +1,76 @@
+"""Named goals, so that a caller can say what matters without choosing numbers.
+
+Read the weights as exchange rates. One doubling of latency costs w_latency / 4 and one point of quality (of
+100) costs w_quality / 100, so w_latency / w_quality * 25 is how many points of quality a doubling is worth:
+
+    goal      latency  energy  quality  cost   a doubling of ... is worth so many points of quality
+    balanced    .30     .20      .50     0     latency 15, joules 10
+    latency     .70     .10      .20     0     latency 88, joules 13
+    energy      .10     .70      .20     0     latency 13, joules 88
+    quality     .10     .05      .85     0     latency  3, joules 1.5
+
+`quality` keeps a little of the others so that of two equally good models the quicker one answers; `latency`
+and `energy` keep enough quality that a useless model is not taken for being small. Cost stands at 0 in all of
+them: a fleet of small models mostly has no price; an operator who pays per token sets weights, or a caller
+max_cost_usd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from types import MappingProxyType
+
+from calm.errors import BadInput
+from calm.records import Weights, Wishes
+
+GOALS: Mapping[str, Weights] = MappingProxyType(
+    {
+        "balanced": Weights(latency=0.3, energy=0.2, quality=0.5, cost=0.0),
+        "latency": Weights(latency=0.7, energy=0.1, quality=0.2, cost=0.0),
+        "energy": Weights(latency=0.1, energy=0.7, quality=0.2, cost=0.0),
+        "quality": Weights(latency=0.1, energy=0.05, quality=0.85, cost=0.0),
+    }
+)
+
+
+def resolve(
+    wishes: Wishes,
+    *,
+    goal: str | None = "balanced",
+    weights: Weights | None = None,
+    goals: Mapping[str, Weights] = GOALS,
+) -> tuple[str | None, Weights]:
+    """The goal's name (None where weights were given outright) and the weights that count for one request.
+
+    First that is given: the caller's weights, the caller's goal, the operator's `weights`, the operator's
+    `goal`. Raises BadInput with the field's name.
+    """
+    if wishes.weights is not None:
+        return None, checked(wishes.weights, field="calm.weights")
+    if wishes.goal is not None:
+        return wishes.goal, named(wishes.goal, field="calm.goal", goals=goals)
+    if weights is not None:
+        return None, checked(weights, field="weights")
+    name = goal if goal is not None else "balanced"
+    return name, named(name, field="goal", goals=goals)
+
+
+def named(goal: str, *, field: str = "goal", goals: Mapping[str, Weights] = GOALS) -> Weights:
+    """The weights of a goal. Raises BadInput with the choices."""
+    if goal not in goals:
+        raise BadInput(f"{field}: no goal {goal!r}; choose one of {', '.join(goals)}", field=field)
+    return checked(goals[goal], field=field)
+
+
+def checked(weights: Weights, *, field: str = "weights") -> Weights:
+    """The same weights. Raises BadInput when one is negative or not finite, or none is above 0."""
+    for name in weights.__struct_fields__:
+        value: float = getattr(weights, name)
+        if not isfinite(value) or value < 0:
+            raise BadInput(
+                f"{field}.{name} must be a number of at least 0, not {value}", field=f"{field}.{name}"
+            )
+    if not any(getattr(weights, name) for name in weights.__struct_fields__):
+        raise BadInput(f"{field}: at least one weight must be above 0", field=field)
+    return weights

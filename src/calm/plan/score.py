@@ -1,0 +1,243 @@
+"""The QoS score of the `calm` policy: how much worse than the best candidate a model is, term by term.
+
+    score(m) = sum_t w_t * regret_t(m)            weights divided by their sum; lower is better
+    regret_quality = q_best - q_m                 q = mean + exploration * sd, at most 1
+    regret_latency = log2(L_m / L_best) / 4       at most 2; L = total seconds, risk-averse under a deadline
+    regret_energy, regret_cost                    the same ratio in joules and dollars
+    regret_swap    = log2((L_m + D_m) / L_m) / 4  D = seconds that evicting others for m costs later requests
+
+latency + swap is log2((L_m + D_m) / L_best) / 4: the swap has the latency's weight and unit. Ratios and not
+absolute values, because absolute seconds saturate exactly when it matters (docs/decisions/0005-qos-score.md).
+A value unknown for one model counts as the worst known one; known for none, the term is left out and the
+other weights share its part (which changes no order, it only keeps scores on one scale).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import exp, inf, isfinite, log1p, log2, sqrt
+from typing import NamedTuple
+
+from calm.plan.feasible import cost_of
+from calm.plan.ties import fair_order
+from calm.records import (
+    Ask,
+    Belief,
+    Candidate,
+    Estimate,
+    ModelCard,
+    ModelState,
+    Record,
+    Snapshot,
+    Term,
+    Weights,
+)
+
+OCTAVES = 4.0
+"""Doublings of latency, joules or dollars that weigh as much as the whole range of quality."""
+CAP = 2.0
+"""A ratio's largest regret: beyond eight doublings a model is out of the question anyway."""
+FLOOR_S = 0.01
+FLOOR_J = 0.01
+FLOOR_USD = 1e-5
+"""Below these nobody notices a difference, so a ratio between smaller values is no regret."""
+REUSE_S = 60.0
+"""Time constant after which an idle resident model is taken to be no longer wanted."""
+
+
+class Tuning(Record, frozen=True, kw_only=True):
+    """How the score treats uncertainty.
+
+    exploration: optimism about quality in sd. Small, because that is the sd of one answer, noise included.
+    risk: pessimism about latency in sd of its logarithm; applied only to requests with a deadline.
+    """
+
+    exploration: float = 0.1
+    risk: float = 1.0
+
+
+class _Column(NamedTuple):
+    """One term over all candidates: values as used, None where unknown, and their regrets."""
+
+    name: str
+    weight: float
+    values: Sequence[float | None]
+    regrets: Sequence[float]
+
+
+def score_all(
+    ask: Ask,
+    snapshot: Snapshot,
+    cards: Mapping[str, ModelCard],
+    estimates: Mapping[str, Estimate],
+    weights: Weights,
+    tuning: Tuning = Tuning(),  # noqa: B008 - immutable
+) -> tuple[Candidate, ...]:
+    """Every card once, best first, scores ascending. Terms of weight 0 and terms nobody knows are left out.
+
+    A card without an estimate counts as the worst known one in every term. Ties: see plan.ties.
+    """
+    names = list(cards)
+    found = [estimates.get(name) for name in names]
+    columns = _normalised(_columns(ask, snapshot, cards, found, weights, tuning))
+    terms = list(zip(*(_terms(column) for column in columns), strict=True)) or [()] * len(names)
+    scores = _sums(columns, len(names))
+    return tuple(
+        Candidate(model=names[i], score=scores[i], terms=terms[i])
+        for i in fair_order(names, scores, snapshot, ask.request_id)
+    )
+
+
+def _columns(
+    ask: Ask,
+    snapshot: Snapshot,
+    cards: Mapping[str, ModelCard],
+    found: Sequence[Estimate | None],
+    weights: Weights,
+    tuning: Tuning,
+) -> list[_Column]:
+    """The terms that count, latency first and its swap behind it."""
+    columns: list[_Column | None] = []
+    if weights.latency > 0:
+        risk = tuning.risk if ask.wishes.deadline_s is not None else 0.0
+        seconds = [None if e is None else _pessimistic(e.total_s, risk) for e in found]
+        columns.append(_ratio("latency", weights.latency, seconds, FLOOR_S))
+        columns.append(_swap(weights.latency, seconds, displaced_s(snapshot, cards)))
+    if weights.energy > 0:
+        joules = [None if e is None or e.energy_j is None else _known(e.energy_j.mean) for e in found]
+        columns.append(_ratio("energy", weights.energy, joules, FLOOR_J))
+    if weights.quality > 0:
+        qualities = [None if e is None else _optimistic(e.quality, tuning.exploration) for e in found]
+        columns.append(_quality(weights.quality, qualities))
+    if weights.cost > 0:
+        dollars = [e if e is None else _dollars(e, c) for e, c in zip(found, cards.values(), strict=True)]
+        columns.append(_ratio("cost", weights.cost, dollars, FLOOR_USD))
+    return [column for column in columns if column is not None]
+
+
+# --- one term ------------------------------------------------------------------------------------
+
+
+def _ratio(name: str, weight: float, values: Sequence[float | None], floor: float) -> _Column | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    best, worst = max(min(known), floor), max(known)
+    filled = [worst if value is None else value for value in values]
+    return _Column(name, weight, values, _octaves(filled, best))
+
+
+def _octaves(values: Sequence[float], best: float) -> list[float]:
+    """log2(value / best) / OCTAVES within 0..CAP. Written for speed: it runs for every model and term."""
+    log, cap = log2, CAP * OCTAVES
+    doublings = [log(value / best) if value > best else 0.0 for value in values]
+    return [d / OCTAVES if d < cap else CAP for d in doublings]
+
+
+def _quality(weight: float, values: Sequence[float | None]) -> _Column | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    best, worst = max(known), min(known)
+    return _Column("quality", weight, values, [best - (worst if v is None else v) for v in values])
+
+
+def _swap(
+    weight: float, seconds: Sequence[float | None], displaced: Sequence[float] | None
+) -> _Column | None:
+    if displaced is None:
+        return None
+    pairs = zip(seconds, displaced, strict=True)
+    factors = [1.0 + d / max(s or 0.0, FLOOR_S) if d else 1.0 for s, d in pairs]
+    return _Column("swap", weight, displaced, _octaves(factors, 1.0))
+
+
+def _optimistic(quality: Belief, exploration: float) -> float | None:
+    value = quality.mean + exploration * quality.sd
+    if 0.0 <= value <= 1.0:
+        return value
+    return min(1.0, max(0.0, value)) if isfinite(value) else None
+
+
+def _pessimistic(seconds: Belief, risk: float) -> float | None:
+    """mean * exp(risk * s), s the sd of the logarithm of a log-normal with this mean and sd."""
+    mean = seconds.mean
+    if not isfinite(mean):
+        return None
+    if risk == 0.0 or mean <= 0.0 or not isfinite(seconds.sd):
+        return mean
+    return mean * exp(min(8.0, risk * sqrt(log1p((seconds.sd / mean) ** 2))))
+
+
+def _known(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
+def _dollars(estimate: Estimate, card: ModelCard) -> float | None:
+    cost_usd = cost_of(estimate, card)
+    return None if cost_usd is None else _known(cost_usd)
+
+
+# --- what a swap costs others --------------------------------------------------------------------
+
+
+def displaced_s(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[float] | None:
+    """Seconds of reloading that others are expected to pay if each card were loaded now; None: nobody pays.
+
+    Victims are idle, unpinned residents, cheapest per byte first; each costs its reload time times the
+    chance that it is wanted again, exp(-idle / REUSE_S).
+    """
+    free = snapshot.budget_bytes - snapshot.used_bytes
+    missing = [_missing_bytes(snapshot.models.get(name), free) for name in cards]
+    if not any(missing):
+        return None
+    victims = sorted(_victim(s, snapshot.at_s) for s in snapshot.models.values() if s.residency == "ready")
+    freed = list(accumulate(size for _, size, _ in victims))
+    cost_s = [0.0, *accumulate(cost for _, _, cost in victims)]
+    if cost_s[-1] == 0.0:
+        return None
+    last = len(freed)
+    return [cost_s[min(bisect_left(freed, need) + 1, last)] if need else 0.0 for need in missing]
+
+
+def _missing_bytes(state: ModelState | None, free_bytes: int) -> int:
+    if state is None or (state.residency != "cold" and state.residency != "failed"):
+        return 0
+    missing = state.footprint_bytes - free_bytes
+    return missing if missing > 0 else 0
+
+
+def _victim(state: ModelState, at_s: float) -> tuple[float, int, float]:
+    """Seconds lost per byte, bytes freed, seconds lost by evicting a model; one that must stay frees none."""
+    if state.pinned or state.in_flight or state.waiting:
+        return inf, 0, 0.0
+    size = state.footprint_bytes
+    if state.last_used_s is None or state.load_s is None:
+        return 0.0, size, 0.0
+    idle_s = at_s - state.last_used_s
+    cost_s = state.load_s * exp(-idle_s / REUSE_S) if idle_s > 0 else state.load_s
+    return cost_s / (size or 1), size, cost_s
+
+
+# --- putting the terms together ------------------------------------------------------------------
+
+
+def _normalised(columns: Sequence[_Column]) -> list[_Column]:
+    """Weights divided by their sum; the swap has the latency's and is not counted again."""
+    total = sum(column.weight for column in columns if column.name != "swap") or 1.0
+    return [column._replace(weight=column.weight / total) for column in columns]
+
+
+def _terms(column: _Column) -> list[Term]:
+    name, weight, values, regrets = column
+    return [Term(name=name, value=v, regret=r, weight=weight) for v, r in zip(values, regrets, strict=True)]
+
+
+def _sums(columns: Sequence[_Column], count: int) -> list[float]:
+    scores = [0.0] * count
+    for column in columns:
+        weight = column.weight
+        scores = [score + weight * regret for score, regret in zip(scores, column.regrets, strict=True)]
+    return scores

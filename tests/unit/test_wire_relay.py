@@ -1,0 +1,164 @@
+"""Towards the engine and back: names, stop strings, usage, the held-back end, the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+
+from calm.errors import EngineLost
+from calm.gateway.fake import CHAT, CHAT_CHUNKS, EMBEDDINGS, TEXT_CHUNKS, ScriptedService, card_named
+from calm.gateway.limits import Limits
+from calm.gateway.relay import Receipt, Relay, encode_for, merge_stops, receipt
+from calm.gateway.wire import PARSERS
+from calm.records import Ask, ChatSpec, Endpoint, ModelCard
+
+ENDPOINT = Endpoint(base_url="http://x", model="upstream-name")
+RECEIPT = Receipt(
+    request_id="r1",
+    model="small",
+    policy="calm",
+    goal=None,
+    energy_j=2.0,
+    energy_meter="rapl",
+    energy_kind="attributed",
+    queue_s=0.0,
+    load_s=None,
+    ttft_s=None,
+    total_s=None,
+    decision_ms=0.1,
+    attempts=1,
+)
+
+
+def ask_for(kind: str = "chat", **fields: object) -> Ask:
+    prompt = {"chat": {"messages": [{"role": "user", "content": "hi"}]}}.get(
+        kind, {"prompt": "x", "input": "x"}
+    )
+    body = msgspec.json.encode({**prompt, **fields})
+    return PARSERS[kind](body, {}, limits=Limits(), request_id="r1", now_s=0.0)
+
+
+def run(ask: Ask, chunks: Sequence[bytes]) -> tuple[list[list[dict[str, object]]], list[dict[str, object]]]:
+    """Payloads released by each chunk, and at the end."""
+    relay = Relay(ask, "small")
+    released = [[msgspec.json.decode(out) for out in relay.chunk(chunk)] for chunk in chunks]
+    return released, [msgspec.json.decode(out) for out in relay.last(RECEIPT)]
+
+
+# --- to the engine ------------------------------------------------------------------------------------
+
+
+def test_the_engine_hears_its_own_name_and_everything_else_unchanged() -> None:
+    ask = ask_for(model="calm", temperature=0.25, calm={"goal": "x"}, weird={"a": [1, 2.5, None]})
+    body = msgspec.json.decode(encode_for(ask, card_named("m"), ENDPOINT))
+    assert body == {
+        "messages": [{"role": "user", "content": "hi"}],
+        "model": "upstream-name",
+        "temperature": 0.25,
+        "weird": {"a": [1, 2.5, None]},
+    }
+
+
+def test_a_stream_always_asks_for_usage_and_keeps_other_options() -> None:
+    ask = ask_for(stream=True, stream_options={"include_usage": False, "x": 1})
+    body = msgspec.json.decode(encode_for(ask, card_named("m"), ENDPOINT))
+    assert body["stream_options"] == {"include_usage": True, "x": 1}
+    assert ask.body["stream_options"] == {"include_usage": False, "x": 1}
+
+
+def test_the_cards_stop_strings_join_the_callers() -> None:
+    card = ModelCard(name="m", description="", chat=ChatSpec(stop=("</s>", "User:")))
+    body = msgspec.json.decode(encode_for(ask_for(stop="\n"), card, ENDPOINT))
+    assert body["stop"] == ["\n", "</s>", "User:"]
+    assert "stop" not in msgspec.json.decode(encode_for(ask_for("embeddings"), card, ENDPOINT))
+    assert merge_stops(None, ("a",)) == ["a"]
+    assert merge_stops(["a", "b"], ("b", "c")) == ["a", "b", "c"]
+
+
+# --- back ---------------------------------------------------------------------------------------------
+
+
+def test_a_whole_answer_gets_id_model_and_receipt_and_keeps_the_rest() -> None:
+    answer = msgspec.json.decode(Relay(ask_for(), "small").whole(CHAT, RECEIPT))
+    engine = msgspec.json.decode(CHAT)
+    assert (answer["id"], answer["model"]) == ("chatcmpl-r1", "small")
+    assert answer["calm"]["energy_j"] == 2.0
+    assert answer["calm"]["load_s"] is None
+    for field in ("choices", "usage", "timings", "created", "object"):
+        assert answer[field] == engine[field]
+
+
+def test_embeddings_have_no_id() -> None:
+    answer = msgspec.json.decode(Relay(ask_for("embeddings"), "small").whole(EMBEDDINGS, RECEIPT))
+    assert "id" not in answer
+    assert answer["data"][0]["embedding"] == [0.6, 0.8]
+
+
+def test_tokens_go_out_at_once_and_the_end_waits_for_the_receipt() -> None:
+    released, end = run(ask_for(stream=True), CHAT_CHUNKS)
+    assert [len(out) for out in released] == [1, 1, 1, 0, 0]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in end] == ["stop"]
+    assert end[0]["calm"]["request_id"] == "r1"
+    assert end[0]["timings"] == {"prompt_ms": 3.5}
+    assert all("usage" not in chunk for chunk in [*sum(released, []), *end])
+    assert {chunk["id"] for chunk in [*sum(released, []), *end]} == {"chatcmpl-r1"}
+
+
+def test_the_usage_chunk_comes_last_where_it_was_asked_for() -> None:
+    ask = ask_for(stream=True, stream_options={"include_usage": True})
+    released, end = run(ask, CHAT_CHUNKS)
+    assert [len(out) for out in released] == [1, 1, 1, 0, 1]
+    assert released[-1][0]["choices"][0]["finish_reason"] == "stop"
+    assert "calm" not in released[-1][0]
+    assert end[0]["choices"] == []
+    assert end[0]["usage"]["total_tokens"] == 7
+    assert end[0]["calm"]["energy_j"] == 2.0
+
+
+def test_completions_stream_alike() -> None:
+    released, end = run(ask_for("completion", stream=True), TEXT_CHUNKS)
+    assert [len(out) for out in released] == [1, 0, 0]
+    assert end[0]["choices"][0]["text"] == "lo"
+    assert end[0]["id"] == "cmpl-r1"
+
+
+def test_of_several_answers_only_the_last_end_is_held() -> None:
+    def choice(index: int, finish: str | None) -> bytes:
+        return msgspec.json.encode({"choices": [{"index": index, "delta": {}, "finish_reason": finish}]})
+
+    chunks = [choice(0, None), choice(0, "stop"), choice(1, None), choice(1, "length")]
+    released, end = run(ask_for(stream=True, n=2), chunks)
+    assert [len(out) for out in released] == [1, 0, 2, 0]
+    assert end[0]["choices"][0]["finish_reason"] == "length"
+    assert "calm" in end[0]
+
+
+def test_usage_beside_content_is_hidden_unless_asked_for() -> None:
+    chunk = msgspec.json.encode({"choices": [{"index": 0, "delta": {"content": "x"}}], "usage": None})
+    assert "usage" not in run(ask_for(stream=True), [chunk])[0][0][0]
+    asked = ask_for(stream=True, stream_options={"include_usage": True})
+    assert run(asked, [chunk])[0][0][0]["usage"] is None
+
+
+@pytest.mark.parametrize("payload", [b"", b"oops", b"[]", b"3", b'{"a":', b"\xff", b"[" * 100_000])
+def test_an_engine_that_sends_no_json_object_is_lost(payload: bytes) -> None:
+    with pytest.raises(EngineLost):
+        Relay(ask_for(), "small").whole(payload, RECEIPT)
+    with pytest.raises(EngineLost):
+        Relay(ask_for(stream=True), "small").chunk(payload)
+
+
+@pytest.mark.parametrize("choices", [b"3", b"null", b'"x"', b'{"finish_reason":1}', b'[{"finish_reason":1}]'])
+def test_odd_choices_pass_untouched(choices: bytes) -> None:
+    out = Relay(ask_for(stream=True), "small").chunk(b'{"choices":%s}' % choices)
+    assert msgspec.json.decode(out[0])["choices"] == msgspec.json.decode(choices)
+
+
+async def test_unknown_energy_is_null_and_not_zero() -> None:
+    async with ScriptedService().serve(ask_for()) as reply:
+        early = receipt(reply)
+        assert (early.energy_j, early.energy_meter, early.total_s) == (None, None, None)
+        await reply.body()
+        assert receipt(reply).energy_meter == "scripted"
