@@ -208,7 +208,13 @@ def find_weights() -> Path | None:
     return next(iter(sorted(cache.rglob("SmolLM2-135M*.gguf"))), None)
 
 
-KITS = ("fake", "command-port", "command-socket", "remote", pytest.param("llamacpp", marks=pytest.mark.models))
+KITS = (
+    "fake",
+    "command-port",
+    "command-socket",
+    "remote",
+    pytest.param("llamacpp", marks=pytest.mark.models),
+)
 
 
 @pytest.fixture(params=KITS)

@@ -97,7 +97,7 @@ def test_capped_lognormal_agrees_with_simulation() -> None:
         mean, sd = capped_lognormal(np.asarray([4.0]), np.asarray([0.8]), np.asarray([cap]))
         cut = np.minimum(draws, cap)
         assert mean[0] == pytest.approx(cut.mean(), rel=0.02)
-        assert sd[0] == pytest.approx(cut.std(), rel=0.05, abs=0.05)
+        assert sd[0] == pytest.approx(cut.std(), rel=0.05, abs=0.04 * min(cap, 100))
 
 
 def test_normal_cdf_and_tail_mean() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import pytest
@@ -58,7 +59,7 @@ def look(roots: tuple[Path, Path], nvml: object, settings: MeterSettings | None 
         clock=ManualClock(),
         proc_root=roots[0],
         sys_root=roots[1],
-        nvml=cast("object", nvml),  # type: ignore[arg-type]
+        nvml=cast(ModuleType, nvml),
     )
 
 

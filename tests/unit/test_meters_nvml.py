@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import cast
 
 import pytest
@@ -70,7 +70,7 @@ class FakeNvml:
 
 def make_meter(nvml: FakeNvml) -> tuple[NvmlMeter, ManualClock]:
     clock = ManualClock(10.0)
-    gpus = open_gpus(cast("object", nvml))  # type: ignore[arg-type]
+    gpus = open_gpus(cast(ModuleType, nvml))
     return NvmlMeter(gpus, clock, min_interval_s=0.05), clock
 
 
@@ -153,6 +153,6 @@ def test_no_driver_or_no_gpu_says_why() -> None:
 
 def test_a_gpu_knows_whether_it_counts() -> None:
     nvml = FakeNvml()
-    assert NvmlGpu(cast("object", nvml), 0).has_counter  # type: ignore[arg-type]
+    assert NvmlGpu(cast(ModuleType, nvml), 0).has_counter
     nvml.energy_mj = None
-    assert not NvmlGpu(cast("object", nvml), 0).has_counter  # type: ignore[arg-type]
+    assert not NvmlGpu(cast(ModuleType, nvml), 0).has_counter

@@ -80,6 +80,7 @@ class World:
         self.orders: set[int] = set()
         self.leases: dict[int, str] = {}
         self.answers: dict[int, str] = {}
+        self.plan: tuple[str, ...] = ()
         self.excess_known = False
         self.may_end_leases = False
         self.next_ticket = 1
@@ -211,7 +212,7 @@ class World:
     def check_abandoned(self) -> None:
         for name, state in self.machine.models().items():
             if state.residency == "loading" and state.waiting == 0:
-                assert state.pinned or self.wanted_since[name], "I7: loads for nobody"
+                assert state.pinned or name in self.plan or self.wanted_since[name], "I7: loads for nobody"
 
     def check_overtaking(self, commands: list[Command]) -> None:
         """I6: nobody wakes an idle engine while an ask past bypass_s, before it in line, lacks cores only."""
@@ -286,6 +287,7 @@ class World:
         for name in names:
             self.wanted_since.setdefault(name, set()).add("preferred")
         revision = self.machine.revision - (1 if stale else 0)
+        self.plan = self.plan if stale else names
         values = {name: 1.0 + i for i, name in enumerate(reversed(names))}
         self.feed(Prefer(self.at_s, PlacementPlan(revision=revision, preload=names, value=values)))
 

@@ -190,7 +190,9 @@ def test_embedding_survives_for_late_feedback(opener: Opener) -> None:
     assert features is not None
     assert features.embedding is not None
     assert features.embedding.dtype == np.float32
-    np.testing.assert_allclose(features.embedding, make_features(7).embedding, atol=1e-3)
+    expected = make_features(7).embedding
+    assert expected is not None
+    assert np.allclose(features.embedding, expected, atol=1e-3)
 
 
 def test_embedding_is_left_out_when_not_wanted(opener: Opener) -> None:
@@ -500,7 +502,8 @@ def test_corruption_while_running_starts_a_fresh_file(
     fill(store, 1)
     store.flush()
     writer = store._writer
-    real_write, calls = writer._write, []
+    calls: list[object] = []
+    real_write = writer._write
 
     def failing_once(batch: object) -> None:
         if not calls:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -89,7 +88,7 @@ def print_stream(client: Client, body: dict[str, object]) -> tuple[ReceiptView |
     wrote = False
     with closing(client.stream("/v1/chat/completions", {**body, "stream": True})) as payloads:
         try:
-            for chunk in chunks(payloads):
+            for chunk in map(parse_answer, payloads):
                 receipt = chunk.calm or receipt
                 for choice in chunk.choices[:1]:
                     finish = choice.finish_reason or finish
@@ -98,11 +97,6 @@ def print_stream(client: Client, body: dict[str, object]) -> tuple[ReceiptView |
             if wrote:
                 click.echo()
     return receipt, finish
-
-
-def chunks(payloads: Iterator[bytes]) -> Iterator[AnswerView]:
-    for payload in payloads:
-        yield parse_answer(payload)
 
 
 def print_whole(client: Client, body: dict[str, object]) -> tuple[ReceiptView | None, str | None]:

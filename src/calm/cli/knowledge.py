@@ -85,9 +85,9 @@ def export(
     if as_json:
         emit_json(report)
         return
-    for file, length in report.files.items():
-        rows = report.rows.get(Path(file).stem, 0)
-        click.echo(f"{Path(out) / file}: {count(rows, 'row')}, {size(length)}")
+    for table, rows in report.rows.items():
+        file = Path(out) / f"{table}.parquet"
+        click.echo(f"{file}: {count(rows, 'row')}, {size(report.bytes.get(table))}")
 
 
 def database(config_file: str | None) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from calm.cli.client import DEFAULT_URL, KEY_ENV
 from calm.cli.options import settings_of, settings_options
 from calm.cli.output import count, warn
 from calm.errors import BadInput, SourceError
@@ -98,33 +99,37 @@ def run(settings: Settings) -> None:
     """Serve until told to stop."""
     import uvloop
 
+    from calm.gateway.auth import Keys
+    from calm.settings import keys_path
     from calm.wiring import run_server
+
+    def announce(url: str) -> None:
+        """On stdout and at once, so that a script can wait for it."""
+        click.echo(how_to_ask(url, keyed=not Keys(keys_path()).empty))
+        sys.stdout.flush()
 
     uvloop.run(run_server(settings, on_ready=announce))
 
 
-def announce(url: str) -> None:
-    """How to ask, in three ways. On stdout, so that a script can wait for it."""
-    click.echo(how_to_ask(url))
-    sys.stdout.flush()
-
-
-def how_to_ask(url: str) -> str:
-    """Lines to paste; the URL is the real one."""
+def how_to_ask(url: str, *, keyed: bool = False) -> str:
+    """Lines to paste, with the real URL; `keyed`: callers need an API key."""
+    url = reachable(url)
+    flag = "" if url == DEFAULT_URL else f" --url {url}"
+    auth = f' -H "Authorization: Bearer ${KEY_ENV}"' if keyed else ""
+    key = f'os.environ["{KEY_ENV}"]' if keyed else '"none"'
     return f"""\
 CALM serves at {url}    (Ctrl-C stops it)
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl {url}/v1/chat/completions{auth} -H 'Content-Type: application/json' \\
     -d '{{"model": "calm", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
 
-  calm ask "Why is the sky blue?"{"" if is_default(url) else f" --url {url}"}
+  calm ask "Why is the sky blue?"{flag}
 
-  from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="none").chat.completions
-  print(client.create(model="calm", messages=[{{"role": "user", "content": "Hello"}}]))"""
+  {"import os; " if keyed else ""}from openai import OpenAI
+  chat = OpenAI(base_url="{url}/v1", api_key={key}).chat.completions
+  print(chat.create(model="calm", messages=[{{"role": "user", "content": "Hi"}}]).choices[0].message.content)"""
 
 
-def is_default(url: str) -> bool:
-    from calm.cli.client import DEFAULT_URL
-
-    return url == DEFAULT_URL
+def reachable(url: str) -> str:
+    """An address that stands for all of them, as one that can be called from this machine."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

@@ -12,7 +12,7 @@ from calm.execute.events import (
 )
 from calm.execute.schedule import deadline_passed, run_round
 from calm.execute.state import State
-from calm.execute.upkeep import abandon, failed_error, forgive, settle
+from calm.execute.upkeep import failed_error, forgive, settle
 from calm.execute.waiting import Waiter
 
 _UP = frozenset({"ready", "remote"})
@@ -105,5 +105,5 @@ def cancel(state: State, e: Cancel) -> None:
     state.unloads.pop(e.ticket, None)
     waiter = state.unqueue(e.ticket)
     if waiter is not None:
-        abandon(state, state.entries[waiter.model], e.at_s)
+        state.abandon(state.entries[waiter.model], e.at_s)
         settle(state, e.at_s)

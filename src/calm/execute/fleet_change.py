@@ -33,7 +33,7 @@ def fleet_changed(state: State, fleet: Fleet, at_s: float) -> None:
 def _remove(state: State, entry: Entry, at_s: float) -> None:
     refuse_waiters(state, entry.name, UnknownModel(f"{entry.name}: was removed from the fleet"))
     entry.removed, entry.pinned, entry.successor = True, False, None
-    state.wishes = [name for name in state.wishes if name != entry.name]
+    state.unwish(entry.name)
     if entry.residency in ("cold", "failed", "remote"):
         forget(state, entry)
     elif entry.residency != "unloading":

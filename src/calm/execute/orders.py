@@ -16,7 +16,7 @@ from calm.execute.events import (
 )
 from calm.execute.schedule import run_round
 from calm.execute.state import State
-from calm.execute.upkeep import abandon, forgive, recheck, refuse_waiters, settle, wish_pinned
+from calm.execute.upkeep import forgive, recheck, refuse_waiters, settle, wish_pinned
 from calm.records import PlacementPlan
 
 
@@ -47,6 +47,7 @@ def admin_unload(state: State, e: AdminUnload) -> None:
         return
     if e.force:
         entry.pinned = False
+        state.unwish(e.model)
         refuse_waiters(state, e.model, Unavailable(f"{e.model}: unloaded by the operator"))
     if entry.residency in ("cold", "failed"):
         state.finish(e.ticket)
@@ -73,13 +74,13 @@ def _unload_objection(state: State, e: AdminUnload, entry: Entry | None) -> Calm
 
 def pin(state: State, e: Pin | Unpin) -> None:
     entry = state.entries.get(e.model)
-    if entry is None:
+    if entry is None or entry.removed:
         return
     entry.pinned = isinstance(e, Pin)
     state.dirty.add(e.model)
     if not entry.pinned:
-        state.wishes = [name for name in state.wishes if name != e.model]
-        abandon(state, entry, e.at_s)
+        state.unwish(e.model)
+        state.abandon(entry, e.at_s)
     wish_pinned(state, entry)
     recheck(state, e.at_s)
     if entry.pinned and state.wishes:
@@ -90,10 +91,9 @@ def prefer(state: State, plan: PlacementPlan, at_s: float) -> None:
     if plan.revision < state.revision or state.closing:
         return
     state.plan = plan
-    for entry in [e for e in state.resident.values() if e.preloading]:
-        if not state.preferred(entry.name) and not state.value(entry.name):
-            entry.preloading = False
-            abandon(state, entry, at_s)
+    for entry in [e for e in state.resident.values() if e.residency == "loading"]:
+        entry.preloading &= state.preferred(entry.name) or bool(state.value(entry.name))
+        state.abandon(entry, at_s)
     pinned = [name for name in state.wishes if state.entries[name].pinned]
     cold = [n for n in plan.preload if n in state.entries and state.entries[n].residency == "cold"]
     state.wishes = [*pinned, *(name for name in cold if name not in pinned)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from calm.execute.entry import Entry
 from calm.execute.schedule import deadline_passed, run_round
 from calm.execute.state import State
-from calm.execute.upkeep import abandon, forgive, settle
+from calm.execute.upkeep import forgive, settle
 
 
 def tick(state: State, at_s: float) -> None:
     for waiter in [w for w in state.queue if w.expired(at_s)]:
         state.refuse(waiter.ticket, deadline_passed(waiter.model, at_s - waiter.arrived_s))
-        abandon(state, state.entries[waiter.model], at_s)
+        state.abandon(state.entries[waiter.model], at_s)
     for entry in [e for e in state.entries.values() if e.residency == "failed" and not e.resting(at_s)]:
         forgive(state, entry, at_s)
     for entry in [e for e in state.resident.values() if e.up and not e.leaving]:

@@ -93,6 +93,7 @@ def _attend(state: State, this: Round, waiter: Waiter) -> bool:
     entry = state.entries[waiter.model]
     if waiter.expired(this.at_s):
         state.refuse(waiter.ticket, deadline_passed(waiter.model, this.at_s - waiter.arrived_s))
+        state.abandon(entry, this.at_s)
         return True
     if entry.serving:
         return _admit(state, this, entry, waiter)

@@ -139,6 +139,15 @@ class State:
         elif entry.up:
             self.drain(entry, at_s, detail)
 
+    def abandon(self, entry: Entry, at_s: float) -> None:
+        """Cancel a load nobody waits for and nobody prefers."""
+        wanted = entry.asked or entry.pinned or entry.preloading or self.preferred(entry.name)
+        if entry.residency == "loading" and not wanted and not self.queue.count(entry.name):
+            self.cancel_load(entry, at_s, "nobody waits for it any more")
+
+    def unwish(self, name: str) -> None:
+        self.wishes = [wish for wish in self.wishes if wish != name]
+
     # --- leases and answers ---
 
     def cores_for(self, entry: Entry) -> int:

@@ -15,13 +15,6 @@ def settle(state: State, at_s: float) -> None:
         run_round(state, at_s)
 
 
-def abandon(state: State, entry: Entry, at_s: float) -> None:
-    """Cancel a load nobody waits for and nobody prefers."""
-    wanted = entry.asked or entry.pinned or entry.preloading or state.preferred(entry.name)
-    if entry.residency == "loading" and not wanted and not state.queue.count(entry.name):
-        state.cancel_load(entry, at_s, "nobody waits for it any more")
-
-
 def refuse_waiters(state: State, model: str, error: CalmError) -> None:
     """The same refusal for all, one error object each: exceptions carry their own traceback."""
     for waiter in state.queue.of(model):

@@ -1,0 +1,224 @@
+"""Is the Analyzer any good, and what does it cost? Prints a table for docs/decisions/0004-prediction.md.
+
+    python benchmarks/prediction.py [--data DIR]
+
+Costs need no data. With DIR (a folder holding domain/*.jsonl.gz and routing/*.jsonl.gz as listed in its README)
+it also measures zero-shot domains and learning from ratings; without it, it says what it skips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from calm.analyze.analyzer import Analyzer
+from calm.analyze.domains import DomainSpace
+from calm.analyze.quality import Quality
+from calm.monitor.embed import StaticEmbedder
+from calm.monitor.features import extract
+from calm.monitor.language import LanguageDetector
+from calm.records import Ask, ModelCard, ModelState, Outcome, PriorSpec, Reading, Snapshot
+
+DOMAIN_OF = {
+    "gsm8k": "math",
+    "svamp": "math",
+    "pubmedqa": "medical",
+    "medqa": "medical",
+    "humaneval": "code",
+    "banking77": "banking",
+    "clinc150": "assistant",
+    "headlines_finance": "finance",
+    "commonsenseqa": "commonsense",
+    "arc_challenge": "science",
+}
+QUESTION = "A patient of 70 kg gets 5 mg per kg twice a day. How many mg is that in a week?"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder with domain/ and routing/")
+    data: Path | None = parser.parse_args().data
+    embedder = StaticEmbedder()
+    costs(embedder)
+    if data is None or not data.is_dir():
+        print("skipped: domain accuracy and learning from ratings (give --data DIR)")
+        return
+    domains(embedder, data)
+    ratings(embedder, data)
+
+
+def costs(embedder: StaticEmbedder) -> None:
+    language = LanguageDetector()
+    question = Ask(
+        request_id="r",
+        kind="chat",
+        query=QUESTION,
+        prompt_chars=200,
+        body={},
+        requires=frozenset(),
+        max_tokens=128,
+    )
+    features = extract(question, embedder, language)
+    show("embed, not seen before", timed(lambda: embedder._compute(QUESTION), 300))
+    show("language", timed(lambda: language(QUESTION), 300))
+    show("features, text seen before", timed(lambda: extract(question, embedder, language), 300))
+    for size in (3, 30, 1000):
+        cards = {f"m{i}": card(f"m{i}") for i in range(size)}
+        analyzer, snapshot = Analyzer(embedder), system(cards)
+        analyzer.sync(cards)
+        repeats = 1000 if size < 100 else 40
+        for rated in (False, True):
+            if rated:
+                for name in cards:
+                    analyzer.rate(features, name, 4)
+            run = timed(
+                lambda a=analyzer, s=snapshot, c=cards: a.estimate_all(question, features, s, c), repeats
+            )
+            show(f"estimate_all, {size} models{', all rated' if rated else ''}", run)
+        predicted = analyzer.estimate_all(question, features, snapshot, cards)["m0"]
+        outcome = Outcome(
+            request_id="r",
+            model="m0",
+            status="ok",
+            wall_s=0.0,
+            ttft_s=0.2,
+            total_s=1.2,
+            prompt_tokens=60,
+            completion_tokens=100,
+            finish_reason="stop",
+            energy=Reading(joules=9.0, meter="t", kind="modelled"),
+        )
+        show(
+            "  learn one outcome",
+            timed(lambda a=analyzer, p=predicted: a.learn(question, features, p, outcome), 200),
+        )
+        show("  learn one rating", timed(lambda a=analyzer: a.rate(features, "m0", 4), 100))
+        started = time.perf_counter()
+        size_bytes = len(analyzer.dump())
+        print(
+            f"  checkpoint, all rated: {size_bytes / 1e6:.2f} MB in {1e3 * (time.perf_counter() - started):.1f} ms"
+        )
+
+
+def domains(embedder: StaticEmbedder, data: Path) -> None:
+    fleet = sorted(set(DOMAIN_OF.values()))
+    space = DomainSpace(embedder, fleet)
+    shares = []
+    for name, domain in DOMAIN_OF.items():
+        questions = [row["question"] for row in rows(data / "domain" / f"{name}.jsonl.gz")]
+        random.Random(0).shuffle(questions)
+        guesses = [space.names[int(space.posterior(embedder.embed(q)).argmax())] for q in questions[:300]]
+        shares.append(sum(guess == domain for guess in guesses) / len(guesses))
+        print(f"  {name:18} {domain:12} {shares[-1]:.1%}")
+    print(
+        f"zero-shot domain, mean of {len(shares)} sets, {len(space.names)} domains to choose from: {np.mean(shares):.1%}"
+    )
+
+
+def ratings(embedder: StaticEmbedder, data: Path) -> None:
+    """Seven models, one rated answer for each question, of a model drawn at random; then the best by mean."""
+    everything = list(rows(data / "routing" / "routerdc7.jsonl.gz"))
+    models = sorted(scores(everything[0]))
+    train = [row for row in everything if row["split"] == "train"]
+    test = [row for row in everything if row["split"] == "test_id"]
+    draw = random.Random(0)
+    draw.shuffle(train)
+    quality = Quality(embedder)
+    for row in range(len(models)):
+        quality.add(row, ModelCard(name=str(row), description=""))
+    ids = np.arange(len(models))
+    for seen, example in enumerate(train + train, start=1):
+        arm = draw.randrange(len(models))
+        quality.learn_one(
+            arm, embedder.embed(str(example["question"])), float(scores(example)[models[arm]] > 0)
+        )
+        if seen in (200, 1000, len(train), 2 * len(train)):
+            chosen = [int(quality.predict(ids, embedder.embed(str(r["question"])))[0].argmax()) for r in test]
+            print(f"  after {seen} ratings: {macro(test, models, chosen):.1%}")
+    singles = [macro(test, models, [arm] * len(test)) for arm in range(len(models))]
+    oracle = [int(np.argmax([scores(r)[m] for m in models])) for r in test]
+    print(
+        f"  random {np.mean(singles):.1%}, best single {max(singles):.1%}, oracle {macro(test, models, oracle):.1%}"
+        " (accuracy, mean over tasks)"
+    )
+
+
+def macro(test: list[dict[str, object]], models: list[str], chosen: list[int]) -> float:
+    by_task: dict[object, list[float]] = {}
+    for row, arm in zip(test, chosen, strict=True):
+        by_task.setdefault(row["task"], []).append(float(scores(row)[models[arm]] > 0))
+    return float(np.mean([np.mean(right) for right in by_task.values()]))
+
+
+def scores(row: dict[str, object]) -> dict[str, float]:
+    found = row["scores"]
+    if not isinstance(found, dict):
+        raise ValueError(f"row {row.get('id')}: scores is not an object")
+    return found
+
+
+def rows(path: Path) -> Iterator[dict[str, object]]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def card(name: str) -> ModelCard:
+    priors = PriorSpec(quality={"math": 0.6, "default": 0.4}, energy_j_per_token=0.5)
+    return ModelCard(name=name, description=f"general chat model {name}", domains=("math",), priors=priors)
+
+
+def system(cards: dict[str, ModelCard]) -> Snapshot:
+    states = {
+        name: ModelState(
+            model=name,
+            residency="ready",
+            pinned=False,
+            in_flight=0,
+            waiting=0,
+            slots=4,
+            threads=1,
+            footprint_bytes=10**8,
+            footprint_measured=True,
+            load_s=1.0,
+            last_used_s=0.0,
+            failures=0,
+        )
+        for name in cards
+    }
+    return Snapshot(
+        revision=1,
+        at_s=0.0,
+        models=states,
+        budget_bytes=10**12,
+        used_bytes=10**9,
+        cores=2,
+        threads_in_use=0,
+        queue_length=0,
+        in_flight=0,
+    )
+
+
+def timed(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """(p50, p99) in microseconds."""
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        taken.append(1e6 * (time.perf_counter() - started))
+    return float(np.percentile(taken, 50)), float(np.percentile(taken, 99))
+
+
+def show(what: str, run: tuple[float, float]) -> None:
+    print(f"{what:44} p50 {run[0]:8.1f} us   p99 {run[1]:8.1f} us")
+
+
+if __name__ == "__main__":
+    main()
