@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 LOCKUV  := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lock weights schema docs clean \
+.PHONY: help serve test check format lock weights reference clean \
         bench-gateway bench-decision bench-threads bench-soak bench-fresh
 
 help: ## this list
@@ -42,8 +42,10 @@ test: $(VENV)/.dev weights ## everything: static checks, then all tests on real 
 format: $(VENV)/.dev ## rewrite the code in the house format
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
-schema: $(VENV)/.dev ## regenerate the published JSON Schema and the reference pages
-	@$(BIN)/python scripts/reference.py
+reference: $(VENV)/.dev ## regenerate the published JSON Schema and the reference pages
+	@$(BIN)/python scripts/settings_reference.py
+	@$(BIN)/python scripts/cli_reference.py
+	@$(BIN)/python -m calm.registry > docs/schema/model-card.schema.json
 
 lock: $(VENV)/.dev ## resolve dependencies anew into requirements/*.lock
 	@$(BIN)/pip install -q uv

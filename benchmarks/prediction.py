@@ -2,8 +2,8 @@
 
     python benchmarks/prediction.py [--data DIR]
 
-Costs need no data. With DIR (a folder holding domain/*.jsonl.gz and routing/*.jsonl.gz as listed in its README)
-it also measures zero-shot domains and learning from ratings; without it, it says what it skips.
+Costs need no data. With DIR, a folder holding domain/*.jsonl.gz and routing/*.jsonl.gz, it also measures
+zero-shot domains and learning from ratings; without it, it says what it skips.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from calm.analyze.quality import Quality
 from calm.monitor.embed import StaticEmbedder
 from calm.monitor.features import extract
 from calm.monitor.language import LanguageDetector
-from calm.records import Ask, ModelCard, ModelState, Outcome, PriorSpec, Reading, Snapshot
+from calm.records import Ask, Estimate, Features, ModelCard, ModelState, Outcome, PriorSpec, Reading, Snapshot
 
 DOMAIN_OF = {
     "gsm8k": "math",
@@ -39,6 +39,19 @@ DOMAIN_OF = {
     "arc_challenge": "science",
 }
 QUESTION = "A patient of 70 kg gets 5 mg per kg twice a day. How many mg is that in a week?"
+
+OUTCOME = Outcome(
+    request_id="r",
+    model="m0",
+    status="ok",
+    wall_s=0.0,
+    ttft_s=0.2,
+    total_s=1.2,
+    prompt_tokens=60,
+    completion_tokens=100,
+    finish_reason="stop",
+    energy=Reading(joules=9.0, meter="t", kind="modelled"),
+)
 
 
 def main() -> None:
@@ -70,41 +83,28 @@ def costs(embedder: StaticEmbedder) -> None:
     show("language", timed(lambda: language(QUESTION), 300))
     show("features, text seen before", timed(lambda: extract(question, embedder, language), 300))
     for size in (3, 30, 1000):
-        cards = {f"m{i}": card(f"m{i}") for i in range(size)}
-        analyzer, snapshot = Analyzer(embedder), system(cards)
-        analyzer.sync(cards)
-        repeats = 1000 if size < 100 else 40
-        for rated in (False, True):
-            if rated:
-                for name in cards:
-                    analyzer.rate(features, name, 4)
-            run = timed(
-                lambda a=analyzer, s=snapshot, c=cards: a.estimate_all(question, features, s, c), repeats
-            )
-            show(f"estimate_all, {size} models{', all rated' if rated else ''}", run)
-        predicted = analyzer.estimate_all(question, features, snapshot, cards)["m0"]
-        outcome = Outcome(
-            request_id="r",
-            model="m0",
-            status="ok",
-            wall_s=0.0,
-            ttft_s=0.2,
-            total_s=1.2,
-            prompt_tokens=60,
-            completion_tokens=100,
-            finish_reason="stop",
-            energy=Reading(joules=9.0, meter="t", kind="modelled"),
-        )
-        show(
-            "  learn one outcome",
-            timed(lambda a=analyzer, p=predicted: a.learn(question, features, p, outcome), 200),
-        )
-        show("  learn one rating", timed(lambda a=analyzer: a.rate(features, "m0", 4), 100))
-        started = time.perf_counter()
-        size_bytes = len(analyzer.dump())
-        print(
-            f"  checkpoint, all rated: {size_bytes / 1e6:.2f} MB in {1e3 * (time.perf_counter() - started):.1f} ms"
-        )
+        fleet_costs(embedder, question, features, size)
+
+
+def fleet_costs(embedder: StaticEmbedder, question: Ask, features: Features, size: int) -> None:
+    cards = {f"m{i}": card(f"m{i}") for i in range(size)}
+    analyzer, snapshot = Analyzer(embedder), system(cards)
+    analyzer.sync(cards)
+    repeats = 1000 if size < 100 else 40
+
+    def estimate() -> dict[str, Estimate]:
+        return analyzer.estimate_all(question, features, snapshot, cards)
+
+    show(f"estimate_all, {size} models", timed(estimate, repeats))
+    for name in cards:
+        analyzer.rate(features, name, 4)
+    show(f"estimate_all, {size} models, all rated", timed(estimate, repeats))
+    predicted = estimate()["m0"]
+    show("  learn one outcome", timed(lambda: analyzer.learn(question, features, predicted, OUTCOME), 200))
+    show("  learn one rating", timed(lambda: analyzer.rate(features, "m0", 4), 100))
+    started = time.perf_counter()
+    megabytes = len(analyzer.dump()) / 1e6
+    print(f"  checkpoint, all rated: {megabytes:.2f} MB in {1e3 * (time.perf_counter() - started):.1f} ms")
 
 
 def domains(embedder: StaticEmbedder, data: Path) -> None:
@@ -112,14 +112,13 @@ def domains(embedder: StaticEmbedder, data: Path) -> None:
     space = DomainSpace(embedder, fleet)
     shares = []
     for name, domain in DOMAIN_OF.items():
-        questions = [row["question"] for row in rows(data / "domain" / f"{name}.jsonl.gz")]
+        questions = [str(row["question"]) for row in rows(data / "domain" / f"{name}.jsonl.gz")]
         random.Random(0).shuffle(questions)
         guesses = [space.names[int(space.posterior(embedder.embed(q)).argmax())] for q in questions[:300]]
         shares.append(sum(guess == domain for guess in guesses) / len(guesses))
         print(f"  {name:18} {domain:12} {shares[-1]:.1%}")
-    print(
-        f"zero-shot domain, mean of {len(shares)} sets, {len(space.names)} domains to choose from: {np.mean(shares):.1%}"
-    )
+    count = len(space.names)
+    print(f"zero-shot domain, {count} to choose from, mean of {len(shares)} sets: {np.mean(shares):.1%}")
 
 
 def ratings(embedder: StaticEmbedder, data: Path) -> None:
@@ -144,10 +143,8 @@ def ratings(embedder: StaticEmbedder, data: Path) -> None:
             print(f"  after {seen} ratings: {macro(test, models, chosen):.1%}")
     singles = [macro(test, models, [arm] * len(test)) for arm in range(len(models))]
     oracle = [int(np.argmax([scores(r)[m] for m in models])) for r in test]
-    print(
-        f"  random {np.mean(singles):.1%}, best single {max(singles):.1%}, oracle {macro(test, models, oracle):.1%}"
-        " (accuracy, mean over tasks)"
-    )
+    best = macro(test, models, oracle)
+    print(f"  random {np.mean(singles):.1%}, best one {max(singles):.1%}, oracle {best:.1%} (mean of tasks)")
 
 
 def macro(test: list[dict[str, object]], models: list[str], chosen: list[int]) -> float:

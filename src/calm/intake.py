@@ -17,6 +17,7 @@ from calm.records import ModelCard
 from calm.registry import CardProblem, Fleet, FleetLoad, load_fleet
 from calm.sources.fetch import cached_path, fetch_weights
 from calm.sources.progress import Progress, Silent
+from calm.sources.store import in_place_path
 from calm.sources.watch import watch_fleet
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Intake:
         self._load = FleetLoad(Fleet())
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, str] = {}
+        self._verified: set[str] = set()
 
     @property
     def problems(self) -> tuple[CardProblem, ...]:
@@ -56,9 +58,11 @@ class Intake:
         """The verified file of a card, for the engine; None for a card without a source."""
         if card.source is None:
             return None
-        return await fetch_weights(
+        path = await fetch_weights(
             card.source, self._cache, self._progress, name=card.name, base=self.directory
         )
+        self._verified.add(card.source.sha256)
+        return path
 
     async def start(self) -> None:
         """Read the directory once and offer what can serve. Raises BadInput when it cannot be read."""
@@ -80,7 +84,7 @@ class Intake:
         self._load = load
         self._failures = {name: why for name, why in self._failures.items() if self._missing(name)}
         for name in load.fleet:
-            if self._missing(name) and self._fetch:
+            if self._missing(name) and (self._fetch or self._here(name)):
                 self._start_fetching(name)
         self._offer()
 
@@ -104,10 +108,18 @@ class Intake:
         self._offer()
 
     def _missing(self, name: str) -> bool:
+        """True while a card's weights are absent, or lie outside the cache and were not verified yet."""
         card = self._load.fleet.get(name)
         if card is None or card.source is None:
             return False
+        if in_place_path(card.source, self.directory) is not None:
+            return card.source.sha256 not in self._verified
         return cached_path(card.source, self._cache, self.directory) is None
+
+    def _here(self, name: str) -> bool:
+        """True when taking the weights in needs no network."""
+        source = self._load.fleet[name].source
+        return source is not None and in_place_path(source, self.directory) is not None
 
     def _offer(self) -> None:
         missing = [name for name in self._load.fleet if self._missing(name)]
@@ -116,7 +128,7 @@ class Intake:
 
     def _why(self, name: str) -> str:
         if name in self._failures:
-            return f"its weights could not be fetched: {self._failures[name]}"
+            return f"its weights could not be had: {self._failures[name]}"
         if name in self._fetching:
             return "its weights are being fetched; try again shortly"
         return f"its weights are not here; run `calm models pull {name}`"

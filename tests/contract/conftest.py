@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from calm.backends.command import CommandBackend
 from calm.backends.fake import FakeBackend, FakeEngine, FakeEngineServer, Script
 from calm.backends.llamacpp import LlamaCppBackend
@@ -46,8 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with lock: busy += 1
         try:
-            self.stream(body) if body.get("stream") else self.reply(
-                {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "ok"}}]})
+            message = {"role": "assistant", "content": "ok"}
+            choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+            self.stream(body) if body.get("stream") else self.reply({"choices": choices})
         except OSError:
             self.close_connection = True
         finally:
@@ -61,7 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for i in range(body.get("max_tokens", 3)):
-            self.chunk(b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": "x"}}]}).encode() + b"\\n\\n")
+            event = {"choices": [{"index": 0, "delta": {"content": "x"}}]}
+            self.chunk(b"data: " + json.dumps(event).encode() + b"\\n\\n")
             time.sleep(0.002)
         self.chunk(b"data: [DONE]\\n\\n")
         self.wfile.write(b"0\\r\\n\\r\\n")
@@ -112,7 +115,7 @@ async def kill_hard(engine: RunningEngine) -> None:
 
 async def _busy_by_health(engine: RunningEngine) -> int:
     async with HttpUpstream() as upstream, upstream.get(engine.endpoint, "/health") as reply:
-        return int(msgspec.json.decode(await reply.read(), type=dict[str, object])["busy"])  # type: ignore[call-overload]
+        return int(msgspec.json.decode(await reply.read())["busy"])
 
 
 async def _busy_by_slots(engine: RunningEngine) -> int:

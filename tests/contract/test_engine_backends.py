@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import msgspec
 import psutil
 import pytest
+from tests.contract.conftest import Kit
+
 from calm.backends.upstream import HttpUpstream
 from calm.errors import EngineLost, LoadFailed
 from calm.ports import RunningEngine
-
-from tests.contract.conftest import Kit
 
 PATH = "/v1/chat/completions"
 
@@ -33,9 +33,13 @@ async def running(kit: Kit) -> AsyncIterator[tuple[RunningEngine, HttpUpstream]]
         await engine.stop()
 
 
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
 async def until_idle(kit: Kit, engine: RunningEngine) -> None:
     async with asyncio.timeout(60):
-        while await kit.busy(engine):
+        while await kit.busy(engine):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -83,13 +87,12 @@ async def test_a_death_is_told_with_its_reason(kit: Kit) -> None:
     async with running(kit) as (engine, upstream):
         death = asyncio.create_task(engine.died())
         long = body(stream=True, max_tokens=3000, ignore_eos=True)
-        with pytest.raises(EngineLost):
-            async with upstream.post(engine.endpoint, PATH, long) as reply:
-                chunks = aiter(reply.chunks())
-                await anext(chunks)
-                await kit.crash(engine)
-                async for _ in chunks:
-                    pass
+        async with upstream.post(engine.endpoint, PATH, long) as reply:
+            chunks = aiter(reply.chunks())
+            await anext(chunks)
+            await kit.crash(engine)
+            with pytest.raises(EngineLost):
+                _ = [chunk async for chunk in chunks]
         reason = await asyncio.wait_for(death, 30)
         assert "SIGKILL" in reason or "scripted" in reason
         with pytest.raises(EngineLost):
@@ -125,24 +128,24 @@ async def test_an_orderly_stop_is_not_a_death(kit: Kit) -> None:
 
 
 async def test_a_start_that_fails_says_why_and_leaves_nothing(kit: Kit) -> None:
-    before = set(psutil.Process().children(recursive=True))
+    before = children()
     with pytest.raises(LoadFailed, match="broken"):
         await kit.backend.start(kit.broken, kit.weights, 1)
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert children() <= before
     assert list(kit.run_dir.iterdir()) == []
 
 
 async def test_a_cancelled_start_leaves_nothing(kit: Kit) -> None:
     if kit.name == "remote":
         pytest.skip("a remote engine is not started")
-    before = set(psutil.Process().children(recursive=True))
+    before = children()
     starting = asyncio.create_task(kit.backend.start(kit.slow, kit.slow_weights, 1))
     async with asyncio.timeout(30):
-        while kit.name != "fake" and set(psutil.Process().children(recursive=True)) <= before:
+        while kit.name != "fake" and children() <= before:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    assert set(psutil.Process().children(recursive=True)) <= before
+    assert children() <= before
     assert list(kit.run_dir.iterdir()) == []

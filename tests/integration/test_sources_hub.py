@@ -1,4 +1,4 @@
-"""`hf:` against a local server that speaks the hub's protocol: resolve, commit, linked etag, tokens, ranges."""
+"""`hf:` against a local server that speaks the hub's protocol: linked etags, tokens, ranges."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Hub:
         return web.Response(
             status=302,
             headers={
-                "Location": "/cdn/blob",
+                "Location": self.url.replace("127.0.0.1", "localhost") + "/cdn/blob",  # another host
                 "X-Repo-Commit": COMMIT,
                 "X-Linked-Etag": f'"{SHA}"',
                 "X-Linked-Size": str(len(CONTENT)),
@@ -143,6 +143,7 @@ async def test_the_token_is_sent_and_needed(hub: Hub, options: FetchOptions, tmp
     path = await fetch_weights(source, tmp_path / "c", options=with_env(options, HF_TOKEN="hf_secret"))
     assert path.read_bytes() == CONTENT
     assert hub.gets[-1]["authorization"] == "Bearer hf_secret"
+    assert "authorization" not in hub.cdn[-1]  # the token is the hub's, not its storage's
 
 
 async def test_a_broken_transfer_is_resumed(hub: Hub, options: FetchOptions, tmp_path: Path) -> None:

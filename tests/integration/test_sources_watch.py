@@ -11,12 +11,13 @@ from pathlib import Path
 from calm.registry import FleetLoad, load_fleet
 from calm.sources.watch import watch_fleet
 
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 Until = Callable[[Callable[[FleetLoad], bool]], Awaitable[FleetLoad]]
 
 
 def write(directory: Path, name: str, description: str = "d") -> None:
-    text = f'name = "{name}"\ndescription = "{description}"\n[source]\nparts = ["file:/m"]\nsha256 = "{"a" * 64}"\n'
+    source = f'[source]\nparts = ["file:/m"]\nsha256 = "{"a" * 64}"\n'
+    text = f'name = "{name}"\ndescription = "{description}"\n{source}'
     temporary = directory / f".{name}"
     temporary.write_text(text)
     temporary.replace(directory / f"{name}.toml")
@@ -28,8 +29,9 @@ async def watching(directory: Path) -> AsyncIterator[Until]:
     stop = asyncio.Event()
     loads: asyncio.Queue[FleetLoad] = asyncio.Queue()
 
+    current = load_fleet(directory)  # before the caller edits anything
+
     async def pump() -> None:
-        current = load_fleet(directory)
         async for load in watch_fleet(directory, current, poll_s=0.2, debounce_ms=50, stop=stop):
             loads.put_nowait(load)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.errors import BadInput, CalmError, Forbidden, Unauthorised
+from calm.errors import BadInput, Forbidden, Unauthorised
 from calm.gateway.auth import Guard, Identity, Keys, host_name, is_loopback, presented_key, require_admin
 
 LOCAL = {"Host": "127.0.0.1:8420"}
@@ -213,10 +214,8 @@ def test_what_is_loopback(address: str | None, local: bool) -> None:
 @given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=40))
 def test_no_header_breaks_the_guard(host: str, origin: str, key: str) -> None:
     guard = Guard(Keys(Path("/nonexistent/keys.toml")))
-    try:
+    with suppress(Forbidden):
         guard.admit("POST", {"Host": host, "Origin": origin, "Authorization": key}, "127.0.0.1")
-    except CalmError as error:
-        assert error.status in (401, 403)
     assert host_name(host) == host_name(host).lower() or not host.isascii()
 
 

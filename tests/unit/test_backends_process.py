@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from calm.backends.engine import SOCKET_PATH_BYTES, make_home
 from calm.backends.process import Child, clean_environment, describe_exit, resident_bytes
 
@@ -20,9 +21,13 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", code]
 
 
+def lives(pid: int) -> bool:
+    return psutil.pid_exists(pid) and bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+
+
 async def until_says(child: Child, word: str) -> None:
     async with asyncio.timeout(30):
-        while word not in child.last_words():
+        while word not in child.last_words():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
@@ -106,12 +111,16 @@ async def test_stop_ends_what_will_not_listen_and_all_it_started() -> None:
 
 
 async def test_orphans_of_an_engine_that_ended_are_killed() -> None:
-    code = "import os, time\nif os.fork() == 0:\n    os.setsid(); print(os.getpid(), flush=True); time.sleep(600)"
+    code = (
+        "import os, time\n"
+        "told, tell = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid(); print(os.getpid(), flush=True); os.write(tell, b'x'); time.sleep(600)\n"
+        "os.read(told, 1)"
+    )
     child = await Child.spawn(python(code), ENVIRONMENT)
     await child.wait()
-    words = child.last_words()
-    if words:
-        assert not psutil.pid_exists(int(words))
+    assert not lives(int(child.last_words()))
 
 
 async def test_a_killed_guard_takes_its_engine_along() -> None:
@@ -121,7 +130,7 @@ async def test_a_killed_guard_takes_its_engine_along() -> None:
     os.kill(guard, signal.SIGKILL)
     assert await child.wait() == 137
     async with asyncio.timeout(30):
-        while psutil.pid_exists(engine) and psutil.Process(engine).status() != psutil.STATUS_ZOMBIE:
+        while lives(engine):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

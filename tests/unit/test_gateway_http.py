@@ -41,7 +41,8 @@ class Client:
 
     async def ask(self, method: str, path: str, **options: object) -> tuple[aiohttp.ClientResponse, dict]:
         async with self.session.request(method, self.url + path, **options) as response:
-            return response, msgspec.json.decode(await response.read() or b"{}")
+            body = await response.read()
+            return response, msgspec.json.decode(body) if "json" in response.content_type else {}
 
 
 @asynccontextmanager

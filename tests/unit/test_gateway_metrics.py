@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from calm.gateway.fake import ScriptedService, decision_for
@@ -97,7 +99,7 @@ def test_predictions_are_held_against_what_happened() -> None:
 
 @pytest.mark.parametrize(
     ("mean", "seen", "ratio"),
-    [(3, 2, 0.5), (0, 2, 1.0), (1, 0, None), (1, None, None), (float("inf"), 1, None)],
+    [(3, 2, 0.5), (0, 2, 1.0), (1, 0, None), (1, None, None), (math.inf, 1, None)],
 )
 def test_error_ratio(mean: float, seen: float | None, ratio: float | None) -> None:
     assert error_ratio(Belief(mean=mean, sd=0), seen) == ratio

@@ -241,5 +241,5 @@ def test_a_missing_embedder_is_told_with_its_remedy() -> None:
         raise FileNotFoundError("model_quantized.onnx")
 
     for factory in (None, absent):
-        with pytest.raises(SourceError, match="calm pull --assets"):
+        with pytest.raises(SourceError, match="calm models pull --assets"):
             PaperPolicy.build(Mode(), factory)

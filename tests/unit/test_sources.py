@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from packaging.version import Version
 from calm.errors import SourceError
 from calm.registry.reference import HfReference
 from calm.sources.assembly import Assembly
-from calm.sources.context import FetchOptions, tls_context
+from calm.sources.context import FetchOptions, in_thread, tls_context
 from calm.sources.download import Digest, backoff_s, public, retry_after_s
 from calm.sources.extract import append_file, append_member
 from calm.sources.hub import resolve_hub
@@ -279,6 +280,27 @@ def test_other_parts_under_the_same_digest_start_afresh(tmp_path: Path) -> None:
     Assembly(tmp_path / "a", ("p", "q")).append(lambda sink: append_file(tmp_path / "one", sink, None))
     other = Assembly(tmp_path / "a", ("p", "r"))
     assert (other.done, other.path.exists()) == (0, False)
+
+
+async def test_a_cancelled_caller_waits_for_its_thread() -> None:
+    began, go = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    finished: list[bool] = []
+
+    def work() -> None:
+        loop.call_soon_threadsafe(began.set)
+        go.wait(30)
+        finished.append(True)
+
+    task = asyncio.create_task(in_thread(work))
+    await began.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert finished == [True]
 
 
 async def test_the_lock_is_exclusive_and_released(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+
 from calm.backends.fake import FakeEngineServer, Script
 from calm.backends.upstream import HttpUpstream, is_loopback, url_of
 from calm.errors import EngineLost
@@ -64,23 +65,26 @@ async def raw_server(handler: Handler) -> AsyncIterator[Endpoint]:
         await server.wait_closed()
 
 
+async def ask(upstream: HttpUpstream, endpoint: Endpoint, body: bytes = BODY) -> bytes:
+    async with upstream.post(endpoint, PATH, body) as reply:
+        return b"".join([chunk async for chunk in reply.chunks()])
+
+
 async def read_request(reader: asyncio.StreamReader) -> None:
     head = await reader.readuntil(b"\r\n\r\n")
     length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
     await reader.readexactly(int(length.split(b":")[1]))
 
 
-async def test_reads_a_whole_answer_and_keeps_the_connection() -> None:
-    async with FakeEngineServer() as server, HttpUpstream() as upstream:
-        ports = set()
-        for _ in range(3):
-            async with upstream.post(server.endpoint(), PATH, BODY) as reply:
-                assert reply.status == 200
-                assert reply.content_type.startswith("application/json")
-                assert b"Hello from" in await reply.read()
-        ports = {seen.headers["Host"] for seen in server.seen}
-        assert len(server.seen) == 3
-        assert len(ports) == 1
+async def test_reads_a_whole_answer() -> None:
+    async with (
+        FakeEngineServer() as server,
+        HttpUpstream() as upstream,
+        upstream.post(server.endpoint(), PATH, BODY) as reply,
+    ):
+        assert reply.status == 200
+        assert reply.content_type.startswith("application/json")
+        assert b"Hello from" in await reply.read()
 
 
 async def test_one_connection_serves_many_requests() -> None:
@@ -114,9 +118,8 @@ async def test_a_new_engine_forgets_the_pools_of_gone_ones(tmp_path: Path) -> No
     async with HttpUpstream() as upstream:
         for name in ("a.sock", "b.sock", "c.sock"):
             async with FakeEngineServer(socket=tmp_path / name) as server:
-                async with upstream.post(server.endpoint(), PATH, BODY) as reply:
-                    await reply.read()
-        assert list(upstream._sessions) == [str(tmp_path / "c.sock")]
+                await ask(upstream, server.endpoint())
+        assert list(upstream._sessions) == [(str(tmp_path / "c.sock"), False)]
 
 
 async def test_leaving_early_closes_the_connection() -> None:
@@ -131,12 +134,7 @@ async def test_leaving_early_closes_the_connection() -> None:
 
 async def test_cancelling_before_the_first_byte_closes_the_connection() -> None:
     async with FakeEngineServer(Script(token_gate=asyncio.Event())) as server, HttpUpstream() as upstream:
-
-        async def ask() -> None:
-            async with upstream.post(server.endpoint(), PATH, BODY):
-                pass
-
-        asking = asyncio.create_task(ask())
+        asking = asyncio.create_task(ask(upstream, server.endpoint()))
         await asyncio.wait_for(server.until(seen=1), 30)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -147,9 +145,7 @@ async def test_cancelling_before_the_first_byte_closes_the_connection() -> None:
 async def test_an_engine_that_dies_midway_is_lost(stream: bytes) -> None:
     async with FakeEngineServer(Script(die_after=1)) as server, HttpUpstream() as upstream:
         with pytest.raises(EngineLost):
-            async with upstream.post(server.endpoint(), PATH, stream) as reply:
-                async for _ in reply.chunks():
-                    pass
+            await ask(upstream, server.endpoint(), stream)
 
 
 async def test_a_short_body_is_lost_and_not_taken_for_whole() -> None:
@@ -159,21 +155,22 @@ async def test_a_short_body_is_lost_and_not_taken_for_whole() -> None:
         await writer.drain()
         writer.close()
 
-    async with raw_server(handler) as endpoint, HttpUpstream() as upstream:
+    async with (
+        raw_server(handler) as endpoint,
+        HttpUpstream() as upstream,
+        upstream.post(endpoint, PATH, BODY) as reply,
+    ):
         with pytest.raises(EngineLost, match="broke off"):
-            async with upstream.post(endpoint, PATH, BODY) as reply:
-                await reply.read()
+            await reply.read()
 
 
 async def test_nobody_there() -> None:
     async with HttpUpstream() as upstream:
         with pytest.raises(EngineLost, match="nobody answers"):
-            async with upstream.post(Endpoint(base_url="http://127.0.0.1:1", model="m"), PATH, BODY):
-                pass
+            await ask(upstream, Endpoint(base_url="http://127.0.0.1:1", model="m"))
         gone = Endpoint(base_url="http://localhost", model="m", socket="/nonexistent/e.sock")
         with pytest.raises(EngineLost, match="nobody answers"):
-            async with upstream.post(gone, PATH, BODY):
-                pass
+            await ask(upstream, gone)
 
 
 async def test_a_stale_connection_is_replaced_once() -> None:
@@ -209,8 +206,7 @@ async def test_a_fresh_connection_that_dies_is_not_asked_again() -> None:
 
     async with raw_server(handler) as endpoint, HttpUpstream() as upstream:
         with pytest.raises(EngineLost):
-            async with upstream.post(endpoint, PATH, BODY):
-                pass
+            await ask(upstream, endpoint)
     assert requests == 1
 
 
@@ -222,8 +218,7 @@ async def test_the_key_is_sent_and_never_told() -> None:
         assert server.seen[0].headers["Authorization"] == f"Bearer {KEY}"
         server.script.die_after = 0
         with pytest.raises(EngineLost) as lost:
-            async with upstream.post(endpoint, PATH, BODY):
-                pass
+            await ask(upstream, endpoint)
     assert KEY not in str(lost.value)
     assert lost.value.__cause__ is None
     assert lost.value.__suppress_context__
@@ -233,8 +228,7 @@ async def test_a_missing_key_names_its_variable() -> None:
     async with HttpUpstream() as upstream:
         endpoint = Endpoint(base_url="http://127.0.0.1:1", model="m", api_key_env="MY_KEY")
         with pytest.raises(EngineLost, match="environment variable MY_KEY"):
-            async with upstream.post(endpoint, PATH, BODY):
-                pass
+            await ask(upstream, endpoint)
 
 
 async def test_a_childs_own_key_is_sent() -> None:
@@ -259,9 +253,12 @@ async def test_redirects_are_not_followed_with_the_key() -> None:
         await writer.drain()
         writer.close()
 
-    async with raw_server(handler) as endpoint, HttpUpstream() as upstream:
-        async with upstream.post(endpoint, PATH, BODY) as reply:
-            assert reply.status == 307
+    async with (
+        raw_server(handler) as endpoint,
+        HttpUpstream() as upstream,
+        upstream.post(endpoint, PATH, BODY) as reply,
+    ):
+        assert reply.status == 307
 
 
 async def test_proxies_of_the_environment_are_for_remote_servers_only(

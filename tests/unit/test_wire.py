@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 
 import msgspec
@@ -364,11 +365,8 @@ def test_any_json_is_an_ask_or_a_bad_input(
         body = {**body, "messages": messages}
     raw = msgspec.json.encode(body)
     for parse in (parse_chat, parse_completion, parse_embeddings):
-        try:
+        with suppress(BadInput):
             ask = parse(raw, NO_HEADERS, limits=Limits(), request_id="r", now_s=0.0)
-        except BadInput as error:
-            assert error.message
-        else:
             assert ask.prompt_chars >= 0
             assert {**ask.body, "calm": 0} == {**msgspec.json.decode(raw), "calm": 0}
 

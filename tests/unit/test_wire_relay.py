@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import msgspec
@@ -102,8 +103,9 @@ def test_tokens_go_out_at_once_and_the_end_waits_for_the_receipt() -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in end] == ["stop"]
     assert end[0]["calm"]["request_id"] == "r1"
     assert end[0]["timings"] == {"prompt_ms": 3.5}
-    assert all("usage" not in chunk for chunk in [*sum(released, []), *end])
-    assert {chunk["id"] for chunk in [*sum(released, []), *end]} == {"chatcmpl-r1"}
+    chunks = [*itertools.chain(*released), *end]
+    assert all("usage" not in chunk for chunk in chunks)
+    assert {chunk["id"] for chunk in chunks} == {"chatcmpl-r1"}
 
 
 def test_the_usage_chunk_comes_last_where_it_was_asked_for() -> None:

@@ -35,7 +35,7 @@ _FREE_SCALE = 16.0  # sqrt(256): a projected coordinate then has unit variance
 _FORGETTING = 0.998
 _PRIOR = Prior(
     mean=(0.0,) * DIMENSIONS,
-    strength=(2.0, *(300.0,) * (DIMENSIONS - 1)),
+    strength=(2.0, *(1000.0,) * (DIMENSIONS - 1)),
     noise_sd=0.3,
 )
 Case = NDArray[np.float64]

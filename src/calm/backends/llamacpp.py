@@ -61,6 +61,7 @@ class LlamaCppBackend:
         try:
             return await self._start(card, absolute(weights), threads, home, library)
         except LoadFailed as error:
+            remove_home(home)
             raise LoadFailed(without_paths(error.message, weights, home), field=error.field) from None
         except BaseException:
             remove_home(home)

@@ -5,9 +5,9 @@ Leaving the `async with` block before the body has ended closes the connection, 
 engine stop working. Every broken connection becomes EngineLost, whose text never carries an API key.
 
 A pooled connection may have been closed by the server in the instant we chose it. Such a request is sent
-once more if three things hold: the connection was a reused one, it broke before any byte of an answer, and
-it did so within STALE_WITHIN_S of sending. An engine that took the request and then crashed fails the third
-and is not asked twice.
+once more, on a new connection, if three things hold: the connection was a reused one, it broke before any
+byte of an answer, and it did so within STALE_WITHIN_S of sending. An engine that took the request, worked on
+it and crashed fails the third and is not asked twice.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class HttpUpstream:
     def __init__(self, secrets: Secrets = no_secrets, *, connect_timeout_s: float = 5.0) -> None:
         self._secrets = secrets
         self._timeout = ClientTimeout(total=None, sock_connect=connect_timeout_s)
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._sessions: dict[tuple[str, bool], aiohttp.ClientSession] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def post(self, endpoint: Endpoint, path: str, body: bytes) -> Exchange:
@@ -158,46 +158,55 @@ class HttpUpstream:
     ) -> aiohttp.ClientResponse:
         """One attempt, or two when the first met a stale connection."""
         key = self.key_of(endpoint)
-        session = self._session(endpoint)
-        url = url_of(endpoint.base_url, path)
-        for attempt in (1, 2):
-            trace = SimpleNamespace(reused=False)
-            started = time.monotonic()
-            try:
-                return await session.request(
-                    method,
-                    url,
-                    data=_payload(body),
-                    headers={"Authorization": f"Bearer {key}"} if key else None,
-                    allow_redirects=False,
-                    trace_request_ctx=trace,
-                )
-            except BROKEN as error:
-                quick = time.monotonic() - started < STALE_WITHIN_S
-                if attempt == 1 and trace.reused and quick and _hung_up(error):
-                    continue
+        trace = SimpleNamespace(reused=False)
+        started = time.monotonic()
+        try:
+            return await self._attempt(method, endpoint, path, body, key, trace, fresh=False)
+        except BROKEN as error:
+            quick = time.monotonic() - started < STALE_WITHIN_S
+            if not (trace.reused and quick and _hung_up(error)):
                 raise EngineLost(_explain(endpoint, error, key)) from None
-        raise AssertionError("unreachable")
+        try:
+            return await self._attempt(method, endpoint, path, body, key, trace, fresh=True)
+        except BROKEN as error:
+            raise EngineLost(_explain(endpoint, error, key)) from None
 
-    def _session(self, endpoint: Endpoint) -> aiohttp.ClientSession:
+    async def _attempt(
+        self,
+        method: str,
+        endpoint: Endpoint,
+        path: str,
+        body: bytes | None,
+        key: str | None,
+        trace: SimpleNamespace,
+        *,
+        fresh: bool,
+    ) -> aiohttp.ClientResponse:
+        return await self._session(endpoint, fresh=fresh).request(
+            method,
+            url_of(endpoint.base_url, path),
+            data=_payload(body),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+            allow_redirects=False,
+            trace_request_ctx=trace,
+        )
+
+    def _session(self, endpoint: Endpoint, *, fresh: bool) -> aiohttp.ClientSession:
+        """The pool for an endpoint, or with `fresh` one that never reuses a connection."""
         local = endpoint.socket is not None or is_loopback(endpoint.base_url)
-        name = endpoint.socket or ("loopback" if local else "remote")
+        name = (endpoint.socket or ("loopback" if local else "remote"), fresh)
         session = self._sessions.get(name)
         if session is None:
             self._forget_dead_sockets()
-            session = self._sessions[name] = self._open(endpoint.socket, trust_env=not local)
+            session = self._open(endpoint.socket, fresh=fresh, trust_env=not local)
+            self._sessions[name] = session
         return session
 
-    def _open(self, socket: str | None, *, trust_env: bool) -> aiohttp.ClientSession:
-        connector: aiohttp.BaseConnector
-        if socket:
-            connector = aiohttp.UnixConnector(socket, limit=0, keepalive_timeout=KEEPALIVE_S)
-        else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=300)
+    def _open(self, socket: str | None, *, fresh: bool, trust_env: bool) -> aiohttp.ClientSession:
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
         return aiohttp.ClientSession(
-            connector=connector,
+            connector=_connector(socket, fresh=fresh),
             timeout=self._timeout,
             headers=HEADERS,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -207,7 +216,7 @@ class HttpUpstream:
 
     def _forget_dead_sockets(self) -> None:
         """Engines come and go, each with a socket of its own: close the pools whose socket is gone."""
-        for name in [name for name in self._sessions if name.startswith("/") and not Path(name).exists()]:
+        for name in [name for name in self._sessions if name[0][0] == "/" and not Path(name[0]).exists()]:
             closing = asyncio.create_task(self._sessions.pop(name).close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
@@ -245,6 +254,13 @@ def where_of(endpoint: Endpoint) -> str:
     return f"the engine of {endpoint.model} at {parts.hostname}:{parts.port or parts.scheme}"
 
 
+def _connector(socket: str | None, *, fresh: bool) -> aiohttp.BaseConnector:
+    keepalive_s = None if fresh else KEEPALIVE_S
+    if socket:
+        return aiohttp.UnixConnector(socket, limit=0, force_close=fresh, keepalive_timeout=keepalive_s)
+    return aiohttp.TCPConnector(limit=0, force_close=fresh, keepalive_timeout=keepalive_s, ttl_dns_cache=300)
+
+
 def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
     if body is None or len(body) <= PIECEWISE_ABOVE_BYTES:
         return body
@@ -252,7 +268,9 @@ def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
 
 
 def _hung_up(error: BaseException) -> bool:
-    return isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError | BrokenPipeError)
+    """It was connected and is not any more."""
+    lost = aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError
+    return isinstance(error, lost) and not isinstance(error, aiohttp.ClientConnectorError)
 
 
 def _explain(endpoint: Endpoint, error: BaseException, key: str | None) -> str:

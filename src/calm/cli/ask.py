@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SEPARATOR = " · "
 
 
-@click.command()
+@click.command(short_help="Ask the running server a question.")
 @click.argument("prompt", required=False)
 @click.option(
     "--model", default="calm", show_default=True, metavar="NAME", help="Pin a model; calm chooses one."
@@ -111,7 +111,7 @@ def write(text: str | None) -> bool:
     """Without a line's end. A terminal gets no control characters; a pipe gets what the model wrote."""
     if not text:
         return False
-    click.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
     return True
 

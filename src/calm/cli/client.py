@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import click
 
@@ -80,15 +80,10 @@ class Client:
     """One server. Every call opens a connection of its own."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f'"{url}" is no URL of a server; e.g. {DEFAULT_URL}', field="url")
-        try:
-            self._port = parts.port
-        except ValueError:
-            raise BadInput(f'"{url}": the port is no number of 0 to 65535', field="url") from None
+        parts = split(url)
+        self._port = parts.port
         self._secure = parts.scheme == "https"
-        self._host = parts.hostname
+        self._host = parts.hostname or ""
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self._key = key
         self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{self._root}"
@@ -174,6 +169,17 @@ def decode(raw: bytes, shape: type[T]) -> T:
         raise CalmError(
             f"the server answered with something else than expected ({error}); is it CALM of this version?"
         ) from error
+
+
+def split(url: str) -> SplitResult:
+    """The parts of a server's URL; without a scheme http is meant. Raises BadInput."""
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:
+        pass
+    raise BadInput(f'"{url}" is no URL of a server; e.g. {DEFAULT_URL}', field="url")
 
 
 def segment(name: str) -> str:

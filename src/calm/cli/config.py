@@ -25,7 +25,7 @@ class Effective(NamedTuple):
     origin: str
 
 
-@click.group()
+@click.group(short_help="Check or show the configuration in force.")
 def config() -> None:
     """Check the configuration, or show every value in force and where it comes from. Lowest first, settings
     come from: the defaults, the configuration file, the environment (CALM_SECTION__FIELD), flags.

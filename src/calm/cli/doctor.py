@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-@click.command()
+@click.command(short_help="Find what stands in the way of a good service.")
 @fleet_option
 @config_option
 @json_option

@@ -43,7 +43,7 @@ UNITS: Mapping[str, Formatter] = {
 """How the value of a term is written; every other is a plain number."""
 
 
-@click.command()
+@click.command(short_help="Explain why a model answered a request.")
 @click.argument("request_id", required=False)
 @json_option
 @client_options

@@ -10,7 +10,7 @@ from calm.cli.options import json_option
 from calm.cli.output import emit_json, printable
 
 
-@click.command()
+@click.command(short_help="Rate an answer from 1 to 5.")
 @click.argument("request_id")
 @click.argument("rating", type=click.FloatRange(1, 5))
 @click.option("--comment", metavar="TEXT", help="What was good or bad about it.")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from calm.cli.documents import FilesView, FleetView, ModelView
     from calm.records import ModelCard
 
+NOT_SHOWN = frozenset({"model", "last_used_s", "retry_at_s"})
+"""The name again, and instants of the server's own clock."""
 HOLDS_MEMORY = frozenset({"loading", "ready", "draining", "unloading"})
 
 
@@ -121,15 +123,17 @@ def standing(model: ModelView) -> str:
 def print_card(document: Mapping[str, object], *, from_server: bool) -> None:
     """The card field by field, and before it, from a server, the model's state."""
     note("from the server" if from_server else "from its card; no server answers or --fleet was given")
-    for name, value in rows(document):
-        click.echo(f"{click.style(f'{name:<24}', bold=True)}{printable(value)}")
+    found = list(rows(document))
+    width = max((len(name) for name, _ in found), default=0) + 2
+    for name, value in found:
+        click.echo(f"{click.style(f'{name:<{width}}', bold=True)}{printable(value)}")
 
 
 def rows(document: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Dotted names and values; what is unset or empty is left out."""
     state, card = document.get("state"), document.get("card")
     if isinstance(state, Mapping):
-        yield from flat(state, "state.")
+        yield from flat({name: v for name, v in state.items() if name not in NOT_SHOWN}, "state.")
     if isinstance(card, Mapping):
         yield from flat(card, "")
 
@@ -149,4 +153,6 @@ def written(name: str, value: object) -> str:
     """Sizes with a unit, the rest as it is."""
     if isinstance(value, int) and (name == "bytes" or name.endswith("_bytes")):
         return size(value)
-    return str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)

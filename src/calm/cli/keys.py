@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from calm.gateway.auth import Keys
 
 
-@click.group()
+@click.group(short_help="Make, list and revoke API keys.")
 def keys() -> None:
     """Make, list and revoke the API keys of this machine's server. Only hashes are kept. As soon as there is
     one key every caller needs one; a running server follows within a second.

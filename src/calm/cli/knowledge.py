@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from calm.records import KnowledgeSummary, ModelSummary
 
 
-@click.group()
+@click.group(short_help="Summarise or export what was observed.")
 def knowledge() -> None:
     """Read what CALM remembers: requests, decisions, predictions beside outcomes, energy, feedback. Works on
     the database file, so the server may be running or not.
@@ -66,8 +66,8 @@ def export(
     out: str, since: str | None, embeddings: bool, force: bool, config_file: str | None, as_json: bool
 ) -> None:
     """Write the knowledge to Parquet files, one for requests (decision, prediction, outcome), one for
-    feedback and one for residency events, for notebooks and for training elsewhere. Consistent while the server
-    writes. Prompts are in it only if the operator lets CALM store them.
+    feedback and one for residency events, for notebooks and for training elsewhere. Consistent while the
+    server writes. Prompts are in it only if the operator lets CALM store them.
 
     \b
     Example:
@@ -87,7 +87,7 @@ def export(
         return
     for table, rows in report.rows.items():
         file = Path(out) / f"{table}.parquet"
-        click.echo(f"{file}: {count(rows, 'row')}, {size(report.bytes.get(table))}")
+        click.echo(f"{file}: {count(rows, 'row')}, {size(report.bytes.get(file.name))}")
 
 
 def database(config_file: str | None) -> Path:

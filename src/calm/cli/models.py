@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from calm.records import ModelCard
 
 
-@click.group()
+@click.group(short_help="List, add, remove, fetch and steer models.")
 def models() -> None:
     """List, add, remove, fetch and steer the models of the fleet.
 
@@ -96,9 +96,12 @@ def raw_json(raw: bytes) -> object:
 
 
 def card_document(directory: Path, name: str) -> dict[str, object]:
+    import msgspec
+
     from calm.gateway.admin_api import public_card
 
-    return {"name": name, "card": public_card(card_named(directory, name))}
+    card: object = msgspec.to_builtins(public_card(card_named(directory, name)))
+    return {"name": name, "card": card}
 
 
 def card_named(directory: Path, name: str) -> ModelCard:

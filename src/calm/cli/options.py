@@ -48,7 +48,10 @@ def settings_options(command: C) -> C:
             config_option,
             click.option("--host", help="Address to listen on.  [default: 127.0.0.1]"),
             click.option(
-                "--port", type=click.IntRange(0, 65535), help="TCP port; 0 picks a free one.  [default: 8420]"
+                "--port",
+                type=click.IntRange(0, 65535),
+                metavar="PORT",
+                help="TCP port; 0 picks a free one.  [default: 8420]",
             ),
             click.option(
                 "--policy", metavar="SPEC", help="Who chooses: calm, paper, fixed:NAME, random, ..."

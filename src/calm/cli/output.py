@@ -63,6 +63,8 @@ def seconds(value: float | None) -> str:
     """1.9 ms, 0.42 s, 12.3 s, 3 min 20 s."""
     if value is None:
         return UNKNOWN
+    if value == 0:
+        return "0 s"
     if value < 0.01:
         return f"{value * 1000:.1f} ms"
     if value < 10:
@@ -74,7 +76,7 @@ def seconds(value: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    """98.4 MB, 1.9 GiB would be another convention: decimal, as on a disk's label and a download's."""
+    """98.4 MB: powers of ten, as on a disk's label and in a download's progress."""
     if count is None:
         return UNKNOWN
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

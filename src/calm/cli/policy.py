@@ -15,7 +15,7 @@ TERMS = ("latency", "energy", "quality", "cost")
 Document = dict[str, object]
 
 
-@click.group()
+@click.group(short_help="Show or change who chooses the model.")
 def policy() -> None:
     """Show or change who chooses the model of a request, and what matters in the choice, while the server
     runs. The change lasts until the server stops; the configuration file is what it starts from.
@@ -65,7 +65,7 @@ def set_policy(
     steer({"policy": spec, "goal": goal, "weights": parse_weights(weights)}, as_json, url, key_env)
 
 
-@click.group()
+@click.group(short_help="Show or change what matters in the choice.")
 def goal() -> None:
     """Show or change the goal of the running server: a name for how much latency, energy, quality and cost
     count. A single request can ask for another with `calm ask --goal`.

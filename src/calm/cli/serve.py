@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from calm.settings import Settings
 
 
-@click.command()
+@click.command(short_help="Start the server.")
 @settings_options
 def serve(config_file: str | None, **flags: object) -> None:
     """Serve the fleet on one OpenAI-compatible endpoint until Ctrl-C. Missing weights are fetched first and
@@ -127,7 +127,7 @@ CALM serves at {url}    (Ctrl-C stops it)
 
   {"import os; " if keyed else ""}from openai import OpenAI
   chat = OpenAI(base_url="{url}/v1", api_key={key}).chat.completions
-  print(chat.create(model="calm", messages=[{{"role": "user", "content": "Hi"}}]).choices[0].message.content)"""
+  print(chat.create(model="calm", messages=[{{"role": "user", "content": "Hi"}}]).choices[0].message)"""
 
 
 def reachable(url: str) -> str:

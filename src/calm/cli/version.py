@@ -10,10 +10,10 @@ from calm import __version__
 from calm.cli.output import emit_json
 
 
-@click.command()
+@click.command(short_help="Print the version.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def version(as_json: bool) -> None:
-    """Print the versions of CALM and of the Python it runs on.
+    """Print the versions of CALM and of the Python it runs on: what a report of a fault should begin with.
 
     \b
     Example:

@@ -99,6 +99,6 @@ def ratio(mine: float | None, theirs: float | None, less: str, more: str, name: 
         return ""
     factor = max(mine, theirs) / min(mine, theirs)
     if factor < EQUAL_RATIO:
-        return f", as {name}"
+        return f", like {name}"
     shown = f"{factor:.1f}x" if factor < 10 else f"{factor:.0f}x"
     return f", {shown} {less if mine < theirs else more} than {name}"

@@ -17,6 +17,7 @@ from calm.doctor.machine import check_cores, check_gpus, check_memory, check_met
 from calm.doctor.service import check_config, check_door
 from calm.doctor.storage import check_cache, check_knowledge
 from calm.errors import CalmError
+from calm.monitor.resources import ControlGroup
 from calm.registry import Fleet, FleetLoad, load_fleet
 from calm.settings import Settings, budget_bytes, cache_dir, fleet_dir, knowledge_path
 
@@ -28,8 +29,9 @@ def diagnose(load_settings: Callable[[], Settings], config_file: Path | None) ->
     are looked at instead."""
     settings, found = check_config(load_settings, config_file)
     yield from found
-    yield from guarded("cores", lambda: check_cores(settings))
-    yield from guarded("memory", lambda: check_memory(settings))
+    group = ControlGroup()
+    yield from guarded("cores", lambda: check_cores(settings, group))
+    yield from guarded("memory", lambda: check_memory(settings, group))
     yield from guarded("GPUs", check_gpus)
     yield from guarded("energy", lambda: check_meters(settings))
     directory, load, problems = read_fleet(settings)

@@ -8,84 +8,57 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm.doctor.check import Check, fine, megabytes, poor
+from calm.monitor.resources import ControlGroup, affinity, usable_cores
 from calm.settings import Settings, budget_bytes
 
 if TYPE_CHECKING:
-    from calm.meters.choose import MeterReport
+    from calm.meters.choose import MeterProbe, MeterReport
 
-CGROUP = Path("/sys/fs/cgroup")
+PCI = Path("/sys/bus/pci/devices")
 CPUINFO = Path("/proc/cpuinfo")
 SMALL_BUDGET_BYTES = 256_000_000
 """Below this not even the smallest language model with its buffers fits."""
 
 
-# --- cores --------------------------------------------------------------------------------------
+# --- cores and memory ---------------------------------------------------------------------------
 
 
-def check_cores(settings: Settings, cgroup: Path = CGROUP) -> Iterator[Check]:
-    installed = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else installed
-    quota = cpu_quota(cgroup)
+def check_cores(settings: Settings, group: ControlGroup) -> Iterator[Check]:
+    allowed, quota = affinity(), group.cpu_cores()
     usable = usable_cores(allowed, quota)
     limits = "" if quota is None else f", cgroup quota {quota:g}"
-    chosen = settings.scheduling.cores
-    used = f"; scheduling.cores is {chosen}" if chosen is not None else ""
-    found = f"{usable} usable of {installed} (affinity {allowed}{limits}){used}"
-    if chosen is not None and chosen > usable:
-        fix = f"set scheduling.cores to {usable} or less: more threads than cores run several times slower"
-        yield poor("cores", found, fix)
-    else:
-        yield fine("cores", found)
+    found = f"{usable} usable of {os.cpu_count() or 1} (affinity {allowed}{limits})"
+    yield judged_cores(found, usable, settings.scheduling.cores)
 
 
-def usable_cores(allowed: int, quota: float | None) -> int:
-    """Whole cores; a quota below one still leaves one thread, which then is throttled."""
-    return allowed if quota is None else max(1, min(allowed, int(quota)))
+def judged_cores(found: str, usable: int, chosen: int | None) -> Check:
+    if chosen is None:
+        return fine("cores", found)
+    found = f"{found}; scheduling.cores is {chosen}"
+    if chosen <= usable:
+        return fine("cores", found)
+    fix = f"set scheduling.cores to {usable} or less: more threads than cores run several times slower"
+    return poor("cores", found, fix)
 
 
-def cpu_quota(cgroup: Path = CGROUP) -> float | None:
-    """Cores' worth of time that a cgroup (v2, else v1) allows; None without a limit."""
-    fields = words(cgroup / "cpu.max")
-    if len(fields) == 2:
-        return None if fields[0] == "max" else share(fields[0], fields[1])
-    quota, period = words(cgroup / "cpu" / "cpu.cfs_quota_us"), words(cgroup / "cpu" / "cpu.cfs_period_us")
-    return share(quota[0], period[0]) if quota and period else None
-
-
-def words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except (OSError, UnicodeDecodeError):
-        return []
-
-
-def share(quota: str, period: str) -> float | None:
-    try:
-        value = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):
-        return None
-    return value if value > 0 else None
-
-
-# --- memory -------------------------------------------------------------------------------------
-
-
-def check_memory(settings: Settings, cgroup: Path = CGROUP) -> Iterator[Check]:
+def check_memory(settings: Settings, group: ControlGroup) -> Iterator[Check]:
     import psutil
 
     memory = psutil.virtual_memory()
     budget = budget_bytes(settings)
-    limit = memory_limit(cgroup)
+    limit = group.memory()
     found = (
         f"{megabytes(memory.available)} free of {megabytes(memory.total)}; "
         f"models may take {megabytes(budget)} (memory.budget = {settings.memory.budget})"
     )
-    yield judged_budget(found, budget, memory.available, limit)
+    yield judged_budget(found, budget, memory.available, limit[1] if limit else None)
 
 
-def judged_budget(found: str, budget: int, available: int, limit: int | None) -> Check:
-    if limit is not None and budget > limit:
-        return poor("memory", f"{found}; the cgroup allows {megabytes(limit)} in all", "lower memory.budget")
+def judged_budget(found: str, budget: int, available: int, group_available: int | None) -> Check:
+    """`group_available`: bytes left under the control group's limit, None without one."""
+    if group_available is not None and budget > group_available:
+        found = f"{found}; the control group leaves {megabytes(group_available)}"
+        return poor("memory", found, "lower memory.budget, or raise the container's memory limit")
     if budget > available:
         return poor("memory", found, "lower memory.budget, or end other programs: this much is not free now")
     if budget < SMALL_BUDGET_BYTES:
@@ -93,28 +66,45 @@ def judged_budget(found: str, budget: int, available: int, limit: int | None) ->
     return fine("memory", found)
 
 
-def memory_limit(cgroup: Path = CGROUP) -> int | None:
-    """Bytes that a cgroup allows; None without a limit (v1 writes a huge number for that)."""
-    for path in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
-        fields = words(path)
-        if fields and fields[0].isdigit() and int(fields[0]) < 1 << 60:
-            return int(fields[0])
-    return None
-
-
 # --- GPUs ---------------------------------------------------------------------------------------
 
 
-def check_gpus() -> Iterator[Check]:
+def check_gpus(pci: Path = PCI) -> Iterator[Check]:
+    names, trouble = nvidia_gpus()
+    if names:
+        yield fine("GPUs", "; ".join(names))
+    elif has_nvidia(pci):
+        fix = "install the NVIDIA driver; in a container: --gpus all"
+        yield poor("GPUs", f"an NVIDIA GPU that cannot be used: {trouble}", fix)
+    else:
+        yield fine("GPUs", "none found; models run on the CPU")
+
+
+def nvidia_gpus() -> tuple[list[str], str]:
+    """What NVML sees, and why it sees nothing."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         count = int(pynvml.nvmlDeviceGetCount())
-        names = [describe_gpu(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
-    except pynvml.NVMLError:
-        names = []
-    yield fine("GPUs", "; ".join(names) or "none found; models run on the CPU")
+        return [describe_gpu(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)], ""
+    except pynvml.NVMLError as error:
+        return [], str(error)
+
+
+def has_nvidia(pci: Path = PCI) -> bool:
+    """True when the bus has a display device (class 03) of NVIDIA (vendor 10de), driver or not."""
+    return any(
+        read(device / "vendor") == "0x10de" and read(device / "class").startswith("0x03")
+        for device in pci.glob("*")
+    )
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def describe_gpu(handle: object) -> str:
@@ -128,26 +118,30 @@ def describe_gpu(handle: object) -> str:
 # --- energy -------------------------------------------------------------------------------------
 
 
-def check_meters(settings: Settings) -> Iterator[Check]:
+def check_meters(settings: Settings, pci: Path = PCI) -> Iterator[Check]:
     from calm.meters.choose import MeterSettings, probe
 
     energy = settings.energy
     report = probe(MeterSettings(meter=energy.meter, watts_per_core=energy.watts_per_core))
-    yield from judged_meters(report)
+    yield from judged_meters(report, has_gpu=has_nvidia(pci))
 
 
-def judged_meters(report: MeterReport) -> Iterator[Check]:
+def judged_meters(report: MeterReport, *, has_gpu: bool) -> Iterator[Check]:
     """The meter in use, then the others looked for; a better one that could be had is a warning."""
     chosen = report.chosen
-    if chosen.name == "absent":
+    absent = chosen.name == "absent"
+    if absent:
         fix = "see the meters below; until then energy is unknown and no choice is made by it"
         yield poor("energy", "no meter: joules stay unknown", fix)
     else:
         reasons = "; ".join(meter.reason for meter in report.found if meter.available)
         yield fine("energy", f"uses {chosen.name} ({chosen.kind}): {reasons}")
-    measured = chosen.name != "absent" and chosen.kind != "modelled"
     for meter in report.found:
-        if meter.available:
-            continue
-        name, why = f"meter {meter.name}", f"not available: {meter.reason}"
-        yield fine(name, why) if measured or meter.fix is None else poor(name, why, meter.fix)
+        if not meter.available:
+            wanted = has_gpu if meter.name == "nvml" else absent or chosen.kind == "modelled"
+            yield unavailable(meter, wanted=wanted)
+
+
+def unavailable(meter: MeterProbe, *, wanted: bool) -> Check:
+    name, why = f"meter {meter.name}", f"not available: {meter.reason}"
+    return poor(name, why, meter.fix) if wanted and meter.fix is not None else fine(name, why)

@@ -12,7 +12,7 @@ from pathlib import Path
 from calm.doctor.check import Check, failed, fine, megabytes, poor
 from calm.records import ModelCard
 from calm.sources.fetch import cache_bytes, cached_path
-from calm.stores.schema import open_reader
+from calm.stores.schema import KnowledgeError, is_corrupt, open_reader
 
 CHECK_AT_MOST_BYTES = 256 << 20
 """A larger database is not read through: that would take longer than an operator waits."""
@@ -69,13 +69,29 @@ def check_knowledge(path: Path) -> Iterator[Check]:
     size = path.stat().st_size
     try:
         requests, health = examine(path, thoroughly=size <= CHECK_AT_MOST_BYTES)
+    except KnowledgeError as error:
+        yield unusable(path, error, error.__cause__)
+        return
     except sqlite3.Error as error:
         requests, health = 0, str(error)
     if health == "ok":
         yield fine("knowledge", f"{path}, {megabytes(size)}, {requests} requests")
     else:
-        fix = f"`calm serve` moves it aside and starts an empty one; to rescue it: sqlite3 {path} .recover"
-        yield poor("knowledge", f"{path} is damaged: {health}", fix)
+        yield damaged(path, health)
+
+
+def unusable(path: Path, error: KnowledgeError, cause: BaseException | None) -> Check:
+    """A schema of a newer CALM stops `calm serve`; what SQLite cannot read is moved aside or migrated."""
+    if isinstance(cause, sqlite3.DatabaseError) and is_corrupt(cause):
+        return damaged(path, str(cause))
+    if isinstance(cause, sqlite3.Error):
+        return poor("knowledge", error.message, "move the file away if `calm serve` does not start with it")
+    return failed("knowledge", error.message, None)
+
+
+def damaged(path: Path, health: str) -> Check:
+    fix = f"`calm serve` moves it aside and starts an empty one; to rescue it: sqlite3 {path} .recover"
+    return poor("knowledge", f"{path} is damaged: {health}", fix)
 
 
 def examine(path: Path, *, thoroughly: bool) -> tuple[int, str]:

@@ -145,7 +145,7 @@ class Executor:
         ask.future = asyncio.get_running_loop().create_future()
         try:
             await ask.future
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or the caller's coroutine was closed
             self._withdraw(ticket)
             raise
 

@@ -69,7 +69,10 @@ class EventStream:
     async def broken(self, error: CalmError) -> bool:
         """The end of an answer that is not: the error as an event, no [DONE], connection closed."""
         self.response.force_close()
-        return await self.send(msgspec.json.encode(error_object(error)))
+        there = await self.send(msgspec.json.encode(error_object(error)))
+        with suppress(ConnectionError):
+            await self.response.write_eof()
+        return there
 
     async def close(self) -> None:
         """Stop pinging. Must be called, whatever happened."""

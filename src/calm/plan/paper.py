@@ -262,6 +262,6 @@ def _wrong(message: str) -> BadInput:
 def _no_weights(mode: Mode, reason: str) -> SourceError:
     return SourceError(
         f"policy {mode.spec!r} compares MiniLM embeddings and the embedder is missing ({reason}); "
-        "run `calm pull --assets` to fetch it, or choose another policy",
+        "run `calm models pull --assets` to fetch it, or choose another policy",
         field="policy",
     )

@@ -7,7 +7,6 @@ RFC 9110, sections 13.1.5 (If-Range) and 14 (Range).
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import contextlib
@@ -26,7 +25,7 @@ import msgspec
 from yarl import URL
 
 from calm.errors import SourceError
-from calm.sources.context import FetchOptions
+from calm.sources.context import FetchOptions, in_thread
 from calm.sources.progress import Progress, megabytes
 
 _CHUNK_BYTES = 1 << 20
@@ -97,11 +96,11 @@ async def download(
         return
     resumed = transfer.have() > 0
     await transfer.run()
-    wrong = await asyncio.to_thread(digest_mismatch, transfer.part, remote.digest)
+    wrong = await in_thread(digest_mismatch, transfer.part, remote.digest)
     if wrong and resumed:  # the file changed between two runs, or the disk lied: once more from nothing
         transfer.restart()
         await transfer.run()
-        wrong = await asyncio.to_thread(digest_mismatch, transfer.part, remote.digest)
+        wrong = await in_thread(digest_mismatch, transfer.part, remote.digest)
     if wrong:
         transfer.restart()
         raise SourceError(f"{name}: {public(remote.url)} {wrong}. The bytes were discarded; try again.")
@@ -216,7 +215,7 @@ class _Transfer:
             ensure_room(self.part.parent, total - have, self._name)
         with self.part.open("ab") as stream:
             async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-                await asyncio.to_thread(_write, stream, chunk, self._name)
+                await in_thread(_write, stream, chunk, self._name)
                 self._progress.on_advance(len(chunk))
         if total is None:  # chunked and whole: the body's end is the file's end
             self._note(response, self.have())

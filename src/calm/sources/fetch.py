@@ -32,7 +32,7 @@ from calm.registry.reference import (
     parse_reference,
 )
 from calm.sources.assembly import Assembly
-from calm.sources.context import FetchOptions, open_session
+from calm.sources.context import FetchOptions, in_thread, open_session
 from calm.sources.download import Remote, digest_mismatch, download, ensure_room, hash_file, public
 from calm.sources.extract import append_file, append_member
 from calm.sources.hub import resolve_hub
@@ -70,15 +70,15 @@ async def fetch_weights(
     """
     in_place = in_place_path(source, base)
     if in_place is not None:
-        return await asyncio.to_thread(verified_in_place, cache, in_place, source, verify=verify)
+        return await in_thread(verified_in_place, cache, in_place, source, verify=verify)
     store = Store(cache, source)
-    found = await asyncio.to_thread(store.find, verify=verify)
+    found = await in_thread(store.find, verify=verify)
     if found is not None:
         return found
     chosen = options or FetchOptions()
     job = _Fetch(source, store, progress or Silent(), name or store.target.name, base, keep_archives, chosen)
     async with locked(store.lock, chosen.sleep):
-        return await asyncio.to_thread(store.find) or await job.run()
+        return await in_thread(store.find) or await job.run()
 
 
 fetch_file = fetch_weights
@@ -130,19 +130,19 @@ class _Fetch:
             ensure_room(assembly.directory, self._source.bytes - assembly.size, self._name)
         for index in range(assembly.done, len(self._source.parts)):
             await self._part(assembly, index, parse_reference(self._source.parts[index]))
-        found = await asyncio.to_thread(hash_file, assembly.path, "sha256")
+        found = await in_thread(hash_file, assembly.path, "sha256")
         if found != self._store.sha256:
             size = assembly.size
             assembly.discard()
             what = f"{self._name} ({', '.join(self._source.parts)})"
             raise SourceError(mismatch(what, self._store.sha256, found, size, self._source.bytes))
-        return await asyncio.to_thread(self._store.publish, assembly.path)
+        return await in_thread(self._store.publish, assembly.path)
 
     async def _part(self, assembly: Assembly, index: int, reference: Reference) -> None:
         limit = None if self._source.bytes is None else self._source.bytes - assembly.size
         match reference:
             case FileReference():
-                await asyncio.to_thread(self._append_local, assembly, reference, limit)
+                await in_thread(self._append_local, assembly, reference, limit)
             case UrlReference(url):
                 await self._plain(assembly, index, Remote(url), limit)
             case HfReference():
@@ -158,11 +158,11 @@ class _Fetch:
 
     async def _hub(self, assembly: Assembly, index: int, reference: HfReference, limit: int | None) -> None:
         whole = self._store.sha256 if len(self._source.parts) == 1 else None
-        found = await asyncio.to_thread(resolve_hub, reference, whole, self._options.env)
+        found = await in_thread(resolve_hub, reference, whole, self._options.env)
         if isinstance(found, Remote):
             await self._plain(assembly, index, found, limit)
         else:
-            await asyncio.to_thread(assembly.append, partial(append_file, found, limit_bytes=limit))
+            await in_thread(assembly.append, partial(append_file, found, limit_bytes=limit))
 
     async def _plain(self, assembly: Assembly, index: int, remote: Remote, limit: int | None) -> None:
         """A part that is a file by itself."""
@@ -171,9 +171,9 @@ class _Fetch:
         async with open_session(self._options) as session:
             await self._download(session, remote, target, index)
         if len(self._source.parts) == 1:
-            await asyncio.to_thread(assembly.take, target)
+            await in_thread(assembly.take, target)
             return
-        await asyncio.to_thread(assembly.append, partial(append_file, target, limit_bytes=limit))
+        await in_thread(assembly.append, partial(append_file, target, limit_bytes=limit))
         target.unlink(missing_ok=True)
 
     async def _packaged(
@@ -183,7 +183,7 @@ class _Fetch:
         async with self._archive(reference, index) as archive:
             fill = partial(append_member, archive, reference.member, limit_bytes=limit)
             try:
-                await asyncio.to_thread(assembly.append, fill)
+                await in_thread(assembly.append, fill)
             except SourceError as error:
                 raise SourceError(f"{self._name}: {error.message}") from error
 
@@ -193,7 +193,7 @@ class _Fetch:
         async with AsyncExitStack() as stack:
             session, remote = await self._resolve(stack, reference)
             if remote.url.startswith("file:"):
-                yield await asyncio.to_thread(_local_archive, remote, self._name)
+                yield await in_thread(_local_archive, remote, self._name)
                 return
             key = hashlib.sha256(remote.url.encode()).hexdigest()[:32]
             archive = self._store.root / "archives" / key
@@ -201,10 +201,14 @@ class _Fetch:
                 locked(self._store.root / "locks" / f"archive-{key}.lock", self._options.sleep)
             )
             await self._download(session, remote, archive, index)
+            kept = self._keep_archives
             try:
                 yield archive
+            except asyncio.CancelledError:
+                kept = True  # the next fetch need not download it again
+                raise
             finally:
-                if not self._keep_archives:
+                if not kept:
                     archive.unlink(missing_ok=True)
 
     async def _resolve(

@@ -100,7 +100,7 @@ def refuse_existing(paths: Iterable[Path]) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing:
         raise BadInput(
-            f"{', '.join(existing)} already there: name another folder or say --overwrite", field="out"
+            f"{', '.join(existing)} already there: name another folder, or use --force", field="out"
         )
 
 
