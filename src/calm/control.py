@@ -65,19 +65,19 @@ class Control:
         self._loop.rate(feedback, features, model)
 
     async def _rated(self, request_id: str) -> tuple[Features, str]:
-        remembered = self._loop.recent.get(request_id)
-        if remembered is not None:
-            model = remembered.outcome.model if remembered.outcome else None
-            features: Features | None = remembered.features
-        else:
-            stored = await asyncio.to_thread(self._recall.decision, request_id)
-            model = stored.outcome.model if stored and stored.outcome else None
-            features = await asyncio.to_thread(self._recall.features_of, request_id)
+        """Features and model of a request, from memory while it is recent, else from the store."""
+        served = self._loop.recent.get(request_id)
+        features, model = served if served is not None else await asyncio.to_thread(self._stored, request_id)
         if features is None:
             raise UnknownRequest(f'no request "{request_id[:128]}" is stored', field="request_id")
         if model is None:
             raise BadInput("this request has no answer that could be rated", field="request_id")
         return features, model
+
+    def _stored(self, request_id: str) -> tuple[Features | None, str | None]:
+        stored = self._recall.decision(request_id)
+        model = stored.outcome.model if stored and stored.outcome else None
+        return self._recall.features_of(request_id), model
 
     # --- the fleet ------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -48,7 +49,9 @@ from calm.records import (
 log = logging.getLogger(__name__)
 
 RECENT = 2048
-"""Requests kept in memory for feedback and explain; older ones are read from the store."""
+"""Requests whose features stay in memory for a rating; older ones are read from the store."""
+LESSONS_PER_S = 200.0
+"""Outcomes learned from per second at most: beyond it they teach nothing new and cost what serving needs."""
 
 
 ANALYZER, WORKLOAD = "analyzer", "workload"
@@ -66,14 +69,11 @@ class Steering:
     preload: bool = True
 
 
-@dataclass(frozen=True)
-class Remembered:
-    """What feedback and explain need of a recent request."""
+class Served(NamedTuple):
+    """What a rating needs of a recent request."""
 
-    ask: Ask
     features: Features
-    decision: Decision
-    outcome: Outcome | None = None
+    model: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,9 @@ class Orchestrator:
         self.steering = steering
         self.fleet: Mapping[str, ModelCard] = {}
         self.unavailable: dict[str, str] = {}
-        self.recent: OrderedDict[str, Remembered] = OrderedDict()
+        self.recent: OrderedDict[str, Served] = OrderedDict()
+        self._lessons = LESSONS_PER_S
+        self._taught_at_s = parts.clock.now()
         self._forecast: Forecast | None = None
         self._adapted_at_s: float | None = None
         self._machine = parts.resources.sample()
@@ -120,7 +122,6 @@ class Orchestrator:
         except CalmError as error:
             self._reject(ask, features, error)
             raise
-        self._remember(Remembered(ask, features, decision))
         parts.store.record_decision(ask, features, decision)
         parts.workload.chosen(decision.ranked[0].model, parts.clock.now())
         serving = parts.dispatcher.serve(ask, decision, self.fleet, self._deadline_at_s(ask))
@@ -200,7 +201,7 @@ class Orchestrator:
         )
         decision = self._undecided(ask)
         parts.store.record_decision(ask, features, decision)
-        self._remember(Remembered(ask, features, decision, outcome))
+        self._remember(ask.request_id, Served(features, None))
         parts.store.record_outcome(outcome)
         parts.on_outcome(ask, decision, outcome)
 
@@ -223,7 +224,7 @@ class Orchestrator:
         state = self.parts.executor.snapshot_models().get(outcome.model or "")
         if state is not None and state.residency != "remote":
             outcome = msgspec.structs.replace(outcome, memory_bytes=state.footprint_bytes)
-        self._remember(Remembered(ask, features, decision, outcome))
+        self._remember(ask.request_id, Served(features, outcome.model))
         self.parts.store.record_outcome(outcome)
         asyncio.get_running_loop().call_soon(self._learn, ask, features, decision, outcome)
 
@@ -231,16 +232,25 @@ class Orchestrator:
         parts = self.parts
         parts.workload.observed(outcome)
         card = self.fleet.get(outcome.model) if outcome.model else None
-        if card is not None:
+        if card is not None and self._may_learn():
             state = parts.executor.snapshot_models().get(card.name)
             threads = state.threads if state else 1
             parts.analyzer.learn(ask, features, decision.estimates.get(card.name), outcome, threads)
         parts.on_outcome(ask, decision, outcome)
 
-    def _remember(self, remembered: Remembered) -> None:
-        self.recent[remembered.ask.request_id] = remembered
-        self.recent.move_to_end(remembered.ask.request_id)
-        while len(self.recent) > RECENT:
+    def _may_learn(self) -> bool:
+        """A token bucket of LESSONS_PER_S: every outcome at the rates a box of SLMs sees, a sample beyond."""
+        now_s = self.parts.clock.now()
+        self._lessons = min(LESSONS_PER_S, self._lessons + (now_s - self._taught_at_s) * LESSONS_PER_S)
+        self._taught_at_s = now_s
+        if self._lessons < 1.0:
+            return False
+        self._lessons -= 1.0
+        return True
+
+    def _remember(self, request_id: str, served: Served) -> None:
+        self.recent[request_id] = served
+        if len(self.recent) > RECENT:
             self.recent.popitem(last=False)
 
     # --- feedback ----------------------------------------------------------------------------------

@@ -226,6 +226,9 @@ def test_a_good_database_says_how_much_is_in_it_and_one_of_a_newer_calm_is_a_fai
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE schema_version SET version = 9999")
     assert next(check_knowledge(path)).status == "fail"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE schema_version SET version = 0")
+    assert next(check_knowledge(path)).status == "warn"
 
 
 # --- the door -------------------------------------------------------------------------------------

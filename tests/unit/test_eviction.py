@@ -33,7 +33,10 @@ def test_each_policy_has_its_own_victim() -> None:
 
 
 def test_calm_keeps_what_is_slow_to_load_and_small() -> None:
-    slow, quick = standing("slow", load_s=20.0, last_used_s=50.0), standing("quick", load_s=0.2, last_used_s=60.0)
+    slow, quick = (
+        standing("slow", load_s=20.0, last_used_s=50.0),
+        standing("quick", load_s=0.2, last_used_s=60.0),
+    )
     assert victims("calm", slow, quick) == ("quick",)
     assert victims("lru", slow, quick) == ("slow",)
     assert victims("calm", standing("big", size=1000), standing("small", size=10)) == ("big",)

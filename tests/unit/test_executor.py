@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from calm.clock import ManualClock
+from calm.clock import ManualClock, SystemClock
 from calm.errors import (
     BadInput,
+    CalmError,
     DeadlineExceeded,
     LoadFailed,
     NeverFits,
@@ -35,7 +37,9 @@ class Engine:
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self.card.engine.url or f"http://{self.card.name}.test", model=self.card.name)
+        return Endpoint(
+            base_url=self.card.engine.url or f"http://{self.card.name}.test", model=self.card.name
+        )
 
     def pids(self) -> tuple[int, ...]:
         return (4711,)
@@ -329,6 +333,19 @@ async def test_deadlines_pass_while_waiting() -> None:
         assert b.residency("a") == "cold"
 
 
+async def test_a_deadline_needs_no_tick() -> None:
+    backend = Backend(ManualClock())
+    backend.gate.clear()
+    clock, limits = SystemClock(), Limits(cores=2, budget_bytes=250 * MIB)
+    executor = Executor({"a": card("a")}, {"llamacpp": backend}, no_weights, clock, limits)
+    with pytest.raises(DeadlineExceeded):
+        await executor.acquire(
+            LeaseRequest(request_id="r", model="a", expected_s=1.0, deadline_at_s=clock.now() + 0.02)
+        )
+    await executor.close()
+    assert executor.used_bytes == 0
+
+
 async def test_the_queue_has_a_limit_with_a_time_to_come_back() -> None:
     async with bench(card("a", slots=1), max_queue=2) as b:
         held = await b.acquire("a")
@@ -490,3 +507,72 @@ async def test_every_event_is_logged_with_its_commands() -> None:
         at_s, event, commands = next(e for e in b.executor.events if isinstance(e[1], Want))
         assert (at_s, event.model) == (100.0, "a")
         assert [type(c).__name__ for c in commands] == ["Moved", "StartLoad"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_storm_leaks_no_lease_no_engine_and_no_answer(seed: int) -> None:
+    """Callers come, leave and hold; engines fail, die and are slow to go; the fleet changes under them."""
+    dice = random.Random(seed)
+    names = ("a", "b", "c", "far")
+    cards = {n: remote(n) if n == "far" else card(n, 100, slots=2) for n in names}
+    async with bench(*cards.values(), max_queue=16) as b:
+        outcomes: list[str] = []
+
+        async def caller() -> None:
+            try:
+                lease = await b.acquire(dice.choice(names), dice.choice((None, 5.0)))
+            except CalmError as error:
+                outcomes.append(type(error).__name__)
+                return
+            try:
+                for _ in range(dice.randrange(6)):
+                    await asyncio.sleep(0)
+            finally:
+                b.executor.release(lease)
+                outcomes.append("served")
+
+        def disturb() -> None:
+            match dice.randrange(8):
+                case 0 if engine := b.executor.engine(dice.choice(names)):
+                    if not engine.death.done():
+                        engine.death.set_result("signal 9")
+                case 1:
+                    b.backend.errors = {dice.choice(names): LoadFailed("bad file")}
+                case 2:
+                    b.backend.errors = {}
+                case 3:
+                    (b.backend.gate.clear if dice.random() < 0.5 else b.backend.gate.set)()
+                case 4:
+                    (b.backend.stop_gate.clear if dice.random() < 0.5 else b.backend.stop_gate.set)()
+                case 5:
+                    name = dice.choice(names)
+                    changed = card(name, 100, slots=dice.choice((1, 2))) if name != "far" else remote(name)
+                    b.executor.update_fleet(cards | {name: changed})
+                case 6:
+                    b.executor.update_fleet({n: c for n, c in cards.items() if n != dice.choice(names)})
+                case _:
+                    b.backend.footprints[dice.choice("abc")] = dice.choice((50, 100, 140, 300)) * MIB
+
+        tasks = []
+        for _ in range(150):
+            tasks.append(asyncio.create_task(caller()))
+            disturb()
+            if dice.random() < 0.2:
+                dice.choice(tasks).cancel()
+            for _ in range(dice.randrange(4)):
+                await asyncio.sleep(0)
+            b.clock.advance(dice.random())
+            if dice.random() < 0.2:
+                await b.executor.tick()
+        b.backend.gate.set()
+        b.backend.stop_gate.set()
+        b.backend.errors = {}
+        for _ in range(200):
+            if all(task.done() for task in tasks):
+                break
+            b.clock.advance(1.0)
+            await b.executor.tick()
+            await b.settle()
+        assert all(task.done() for task in tasks), "someone still waits"
+        assert b.executor.in_flight == b.executor.queue_length == b.executor.threads_in_use == 0
+        assert outcomes.count("served") > 10

@@ -1,4 +1,4 @@
-"""Random histories against the residency machine: invariants I1 to I8 of docs/decisions/0001-architecture.md."""
+"""Random histories against the residency machine: invariants I1 to I8 of decision 0001."""
 
 from __future__ import annotations
 
@@ -362,7 +362,19 @@ def reconfigure(world: World, op: str, model: str, number: int) -> None:
 
 
 OFTEN = ["want"] * 6 + ["release"] * 4 + ["loaded"] * 4 + ["unloaded"] * 3 + ["tick"] * 2 + ["cancel"] * 2
-RARELY = ["load_failed", "died", "measured", "sized", "pin", "prefer", "load", "unload", "budget", "policy", "fleet"]
+RARELY = [
+    "load_failed",
+    "died",
+    "measured",
+    "sized",
+    "pin",
+    "prefer",
+    "load",
+    "unload",
+    "budget",
+    "policy",
+    "fleet",
+]
 STEPS = st.tuples(st.sampled_from(OFTEN + RARELY), st.sampled_from(NAMES), st.integers(0, 999))
 QUICK = settings(
     max_examples=250,

@@ -122,6 +122,35 @@ async def test_a_new_engine_forgets_the_pools_of_gone_ones(tmp_path: Path) -> No
         assert list(upstream._sessions) == [(str(tmp_path / "c.sock"), False)]
 
 
+async def test_connections_are_not_reused_after_a_stream_of_an_engine_of_ours(tmp_path: Path) -> None:
+    """llama.cpp hangs up after each stream without saying so: the next request must not meet that."""
+    connections = 0
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        try:
+            while True:
+                await read_request(reader)
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                writer.write(head + b"2\r\nok\r\n")
+                await writer.drain()
+                await asyncio.sleep(0)
+                writer.write(b"0\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    path = str(tmp_path / "e.sock")
+    server = await asyncio.start_unix_server(handler, path)
+    endpoint = Endpoint(base_url="http://localhost", model="m", socket=path)
+    async with HttpUpstream() as upstream:
+        for _ in range(3):
+            assert await ask(upstream, endpoint) == b"ok"
+    assert connections == 3
+    server.close()
+    await server.wait_closed()
+
+
 async def test_leaving_early_closes_the_connection() -> None:
     script = Script(hang_after=1)
     async with FakeEngineServer(script) as server, HttpUpstream() as upstream:

@@ -236,7 +236,10 @@ class Exchange:
 
     async def __aenter__(self) -> HttpReply:
         response = await self._upstream.send(*self._request)
-        self._reply = HttpReply(response, where_of(self._request[1]))
+        endpoint = self._request[1]
+        if endpoint.socket and response.content_type == "text/event-stream":
+            _never_reuse(response)
+        self._reply = HttpReply(response, where_of(endpoint))
         return self._reply
 
     async def __aexit__(
@@ -265,6 +268,14 @@ def _payload(body: bytes | None) -> bytes | io.BytesIO | None:
     if body is None or len(body) <= PIECEWISE_ABOVE_BYTES:
         return body
     return io.BytesIO(body)
+
+
+def _never_reuse(response: aiohttp.ClientResponse) -> None:
+    """llama.cpp hangs up after each stream, unannounced; a new connection to a unix socket costs nothing."""
+    connection = response.connection
+    # Not by truth value: the protocol is also a queue, and an empty one is false.
+    if connection is not None and connection.protocol is not None:
+        connection.protocol.force_close()
 
 
 def _hung_up(error: BaseException) -> bool:

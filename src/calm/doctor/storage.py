@@ -12,7 +12,14 @@ from pathlib import Path
 from calm.doctor.check import Check, failed, fine, megabytes, poor
 from calm.records import ModelCard
 from calm.sources.fetch import cache_bytes, cached_path
-from calm.stores.schema import KnowledgeError, is_corrupt, open_reader
+from calm.stores.schema import (
+    KnowledgeError,
+    is_corrupt,
+    load_migrations,
+    newest,
+    open_reader,
+    schema_version,
+)
 
 CHECK_AT_MOST_BYTES = 256 << 20
 """A larger database is not read through: that would take longer than an operator waits."""
@@ -81,12 +88,20 @@ def check_knowledge(path: Path) -> Iterator[Check]:
 
 
 def unusable(path: Path, error: KnowledgeError, cause: BaseException | None) -> Check:
-    """A schema of a newer CALM stops `calm serve`; what SQLite cannot read is moved aside or migrated."""
+    """A schema of a newer CALM stops `calm serve`; an older one is migrated, a corrupt file moved aside."""
     if isinstance(cause, sqlite3.DatabaseError) and is_corrupt(cause):
         return damaged(path, str(cause))
     if isinstance(cause, sqlite3.Error):
         return poor("knowledge", error.message, "move the file away if `calm serve` does not start with it")
-    return failed("knowledge", error.message, None)
+    return (
+        failed("knowledge", error.message, None) if is_newer(path) else poor("knowledge", error.message, None)
+    )
+
+
+def is_newer(path: Path) -> bool:
+    """Whether a CALM of a later version wrote the database."""
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        return schema_version(connection) > newest(load_migrations())
 
 
 def damaged(path: Path, health: str) -> Check:

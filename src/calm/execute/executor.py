@@ -13,9 +13,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from calm.errors import CalmError, EngineLost, UnknownModel
-from calm.errors import LoadFailed as LoadFailedError
-from calm.execute.engine_room import EngineRoom, Up, Weights, describe, stop_engine
+from calm.errors import CalmError, UnknownModel
+from calm.execute.alarm import Alarm
+from calm.execute.engine_room import EngineRoom, Weights
 from calm.execute.events import (
     AdminLoad,
     AdminUnload,
@@ -29,8 +29,6 @@ from calm.execute.events import (
     FleetChanged,
     Grant,
     Limits,
-    Loaded,
-    LoadFailed,
     Measured,
     Moved,
     Pin,
@@ -46,6 +44,7 @@ from calm.execute.events import (
     Want,
 )
 from calm.execute.eviction import parse_eviction
+from calm.execute.remotes import Remotes
 from calm.execute.residency import Machine
 from calm.execute.sizing import size_fleet
 from calm.ports import Clock, EngineBackend, RunningEngine
@@ -54,7 +53,6 @@ from calm.records import Endpoint, Lease, LeaseRequest, ModelCard, ModelState, P
 log = logging.getLogger("calm.execute")
 OnTransition = Callable[[str, Residency, Residency, float, str | None], None]
 Logged = tuple[float, Event, tuple[Command, ...]]
-SHORTEST_WAIT_S = 0.001
 
 
 class _Ask:
@@ -95,13 +93,10 @@ class Executor:
         self._cards: dict[str, ModelCard] = {}
         self._tickets = itertools.count(1)
         self._asks: dict[int, _Ask] = {}
-        self._remotes: dict[str, asyncio.Task[Up]] = {}
-        self._farewells: set[asyncio.Task[str | None]] = set()
+        self._remotes = Remotes(self._room, clock, self._feed)
+        self._alarm = Alarm(self._machine.wake_at_s, self._wake, limits.bypass_s)
         self._listeners: list[OnTransition] = []
         self._log: deque[Logged] = deque(maxlen=log_size)
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at_s: float | None = None
-        """When to wake; infinity: only an event can change anything; None: not known."""
         self._measuring = False
         self._idle: asyncio.Event | None = None
         self.update_fleet(cards)
@@ -112,8 +107,9 @@ class Executor:
         """The right to send one request to `request.model`; give it back with `release`.
 
         Returns without a task switch when the model is resident and free. Raises UnknownModel, NeverFits,
-        LoadFailed, QueueFull, DeadlineExceeded, ShuttingDown, Unavailable, and EngineLost when the engine
-        died in the moment it was granted. A cancelled caller leaves nothing behind.
+        LoadFailed, QueueFull, DeadlineExceeded, ShuttingDown, Unavailable (the operator unloaded it), and
+        EngineLost when a remote model went in the moment it was granted. A cancelled caller leaves
+        nothing behind.
         """
         now_s = self._clock.now()
         ticket = next(self._tickets)
@@ -141,6 +137,13 @@ class Executor:
         """Give a lease back; safe to repeat, and after its engine died."""
         self._feed(Release(self._clock.now(), lease.ticket))
 
+    async def _reach(self, ticket: int, model: str) -> Endpoint:
+        try:
+            return await self._remotes.endpoint(model, self._cards.get(model))
+        except BaseException:
+            self._feed(Release(self._clock.now(), ticket))
+            raise
+
     async def _answer(self, ticket: int, ask: _Ask) -> None:
         ask.future = asyncio.get_running_loop().create_future()
         try:
@@ -155,57 +158,6 @@ class Executor:
             self._feed(Cancel(self._clock.now(), ticket))
         else:
             self._feed(Release(self._clock.now(), ticket))
-
-    # --- remote engines: nothing to load, but somebody has to be there ---------------------------
-
-    async def _reach(self, ticket: int, model: str) -> Endpoint:
-        """Endpoint of a remote engine, reached on first use. On failure the ticket is given back."""
-        try:
-            task = self._remote(model)
-            if not task.done():
-                await asyncio.wait({task})
-            if task.cancelled():
-                raise LoadFailedError("its card changed meanwhile")
-            return task.result().engine.endpoint
-        except BaseException as error:
-            self._feed(Release(self._clock.now(), ticket))
-            if isinstance(error, Exception):
-                raise LoadFailedError(f"{model} cannot be reached: {describe(error)}") from error
-            raise
-
-    def _remote(self, model: str) -> asyncio.Task[Up]:
-        task = self._remotes.get(model)
-        if task is None:
-            card = self._cards.get(model)
-            if card is None or not card.remote:
-                raise EngineLost(f"{model}: its engine went away while the request waited")
-            task = asyncio.create_task(self._room.start(card, 0), name=f"reach {model}")
-            task.add_done_callback(lambda done: self._reached(model, done))
-            self._remotes[model] = task
-        return task
-
-    def _reached(self, model: str, task: asyncio.Task[Up]) -> None:
-        current = self._remotes.get(model) is task
-        if task.cancelled() or task.exception() is not None:
-            if current:
-                del self._remotes[model]
-                error = "interrupted" if task.cancelled() else describe(task.exception())
-                self._feed(LoadFailed(self._clock.now(), model, error))
-            return
-        if current:
-            up = task.result()
-            self._feed(Loaded(self._clock.now(), model, None, self._clock.now() - up.started_s))
-
-    def _leave_remote(self, model: str) -> None:
-        task = self._remotes.pop(model, None)
-        if task is None:
-            return
-        if not task.done():
-            task.cancel()
-        elif not task.cancelled() and task.exception() is None:
-            farewell = asyncio.create_task(stop_engine(model, task.result().engine), name=f"leave {model}")
-            self._farewells.add(farewell)
-            farewell.add_done_callback(self._farewells.discard)
 
     # --- orders ---------------------------------------------------------------------------------
 
@@ -251,7 +203,7 @@ class Executor:
         before, self._cards = self._cards, dict(cards)
         for name, card in before.items():
             if card.remote and self._cards.get(name) != card:
-                self._leave_remote(name)
+                self._remotes.leave(name)
         self._feed(FleetChanged(self._clock.now(), size_fleet(self._cards, self._limits.cores)))
 
     def set_budget(self, budget_bytes: int) -> None:
@@ -283,26 +235,19 @@ class Executor:
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
-            log.warning("%d requests did not end within %.0f s of grace", self.in_flight, grace_s)
+            if self.in_flight:
+                log.warning("%d requests did not end within %.1f s of grace", self.in_flight, grace_s)
         self._feed(Close(self._clock.now(), force=True))
-        for model in list(self._remotes):
-            self._leave_remote(model)
+        await self._remotes.leave_all()
         await self._room.settled()
-        if self._farewells:
-            await asyncio.wait(self._farewells)
-        self._stop_timer()
+        self._alarm.stop()
 
     # --- what can be read -----------------------------------------------------------------------
 
     def engine(self, model: str) -> RunningEngine | None:
         """The engine that answers for a model now; None while it has none."""
         up = self._room.up.get(model)
-        if up is not None:
-            return up.engine
-        task = self._remotes.get(model)
-        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
-            return None
-        return task.result().engine
+        return up.engine if up is not None else self._remotes.engine(model)
 
     def pids(self) -> Mapping[str, tuple[int, ...]]:
         """Processes of each resident local engine."""
@@ -365,10 +310,7 @@ class Executor:
         self._log.append((event.at_s, event, tuple(commands)))
         for command in commands:
             self._perform(command, event.at_s)
-        if self._machine.queue_length:
-            self._set_timer(event)
-        elif self._timer_at_s is not None:
-            self._stop_timer()
+        self._alarm.after(event, bool(self._machine.queue_length))
         if self._idle is not None and not self._machine.in_flight:
             self._idle.set()
 
@@ -406,31 +348,7 @@ class Executor:
             except Exception:
                 log.exception("a listener failed on %s", moved)
 
-    def _set_timer(self, event: Event) -> None:
-        """Wake the machine when a waiter's deadline passes or it has waited long enough to claim its turn."""
-        if self._timer_at_s is not None:
-            if isinstance(event, Release | Cancel):
-                return
-            if isinstance(event, Want):
-                deadline_s = float("inf") if event.deadline_at_s is None else event.deadline_at_s
-                if min(deadline_s, event.at_s + self._limits.bypass_s) >= self._timer_at_s:
-                    return
-        self._stop_timer()
-        wake_at_s = self._machine.wake_at_s(event.at_s)
-        self._timer_at_s = float("inf") if wake_at_s is None else wake_at_s
-        if wake_at_s is not None:
-            delay_s = max(wake_at_s - self._clock.now(), SHORTEST_WAIT_S)
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
-
-    def _stop_timer(self) -> None:
-        """After this nobody knows when to wake, so the next event finds out."""
-        self._timer_at_s = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def _wake(self) -> None:
-        self._stop_timer()
         self._feed(Tick(self._clock.now()))
 
 

@@ -299,7 +299,7 @@ def _unknown(name: str, cards: Iterable[str]) -> str:
     names = sorted(cards)
     close = get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names[:LISTED_REFUSALS])}"
-    return f"no model named {name!r} in the fleet; {hint} `calm` lets CALM choose"
+    return f"no model named {name!r} in the fleet; {hint}; `calm` lets CALM choose"
 
 
 def _mib(size_bytes: int) -> str:

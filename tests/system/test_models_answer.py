@@ -1,0 +1,80 @@
+"""Every model of the default fleet answers real questions, in chat and in completion."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+
+from calm.registry import load_fleet
+from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Server
+
+pytestmark = pytest.mark.models
+
+ANSWERS = [
+    (SMOL, "What is the capital of Japan?", "Tokyo"),
+    (SMOL, "Who painted the Mona Lisa?", "Leonardo da Vinci"),
+    (GEMMA, "What is the capital of France?", "Paris"),
+    (GEMMA, "Who painted the Mona Lisa?", "Leonardo da Vinci"),
+    (TINY, "What is the capital of France?", "Paris"),
+    (TINY, "Who painted the Mona Lisa?", "Leonardo da Vinci"),
+]
+
+
+def test_the_table_leaves_out_no_model() -> None:
+    assert {model for model, _, _ in ANSWERS} == set(load_fleet(FLEET).fleet)
+
+
+@pytest.mark.parametrize(("model", "question", "fact"), ANSWERS)
+def test_chat(client: openai.OpenAI, model: str, question: str, fact: str) -> None:
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=32
+    )
+    assert fact in (answer.choices[0].message.content or "")
+    assert answer.model == model
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("model", [SMOL, GEMMA, TINY])
+def test_completion(client: openai.OpenAI, model: str) -> None:
+    answer = client.completions.create(
+        model=model, prompt="One, two, three, four,", temperature=0, max_tokens=6
+    )
+    assert answer.choices[0].text.startswith(" five, six")
+    assert answer.model == model
+    assert answer.object == "text_completion"
+
+
+def test_gemma_the_base_model_ends_its_answers_itself(client: openai.OpenAI) -> None:
+    """Its template and stop strings make a continuing model answer once and stop."""
+    answer = client.chat.completions.create(
+        model=GEMMA,
+        messages=[{"role": "user", "content": "What is the capital of Spain?"}],
+        temperature=0,
+        max_tokens=100,
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert "Madrid" in (answer.choices[0].message.content or "")
+    assert "Question:" not in (answer.choices[0].message.content or "")
+
+
+def test_calm_chooses_a_model_of_the_fleet(server: Server, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="calm", messages=[{"role": "user", "content": "Who wrote Hamlet?"}], max_tokens=8
+    )
+    assert answer.model in server.snapshot()["models"]
+    assert answer.choices[0].message.content
+
+
+def test_a_conversation_remembers_its_first_turn(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=GEMMA,
+        temperature=0,
+        max_tokens=12,
+        messages=[
+            {"role": "user", "content": "What is the capital of Spain?"},
+            {"role": "assistant", "content": "Madrid."},
+            {"role": "user", "content": "And of Italy?"},
+        ],
+    )
+    assert "Rome" in (answer.choices[0].message.content or "")
