@@ -39,7 +39,7 @@ def children() -> set[psutil.Process]:
 
 async def until_idle(kit: Kit, engine: RunningEngine) -> None:
     async with asyncio.timeout(60):
-        while await kit.busy(engine):  # noqa: ASYNC110
+        while await kit.busy(engine):
             await asyncio.sleep(0.01)
 
 
@@ -141,7 +141,7 @@ async def test_a_cancelled_start_leaves_nothing(kit: Kit) -> None:
     before = children()
     starting = asyncio.create_task(kit.backend.start(kit.slow, kit.slow_weights, 1))
     async with asyncio.timeout(30):
-        while kit.name != "fake" and children() <= before:  # noqa: ASYNC110
+        while kit.name != "fake" and children() <= before:
             await asyncio.sleep(0.001)
     await asyncio.sleep(0)
     starting.cancel()

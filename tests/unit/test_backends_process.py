@@ -27,7 +27,7 @@ def lives(pid: int) -> bool:
 
 async def until_says(child: Child, word: str) -> None:
     async with asyncio.timeout(30):
-        while word not in child.last_words():  # noqa: ASYNC110
+        while word not in child.last_words():
             await asyncio.sleep(0.005)
 
 
@@ -130,7 +130,7 @@ async def test_a_killed_guard_takes_its_engine_along() -> None:
     os.kill(guard, signal.SIGKILL)
     assert await child.wait() == 137
     async with asyncio.timeout(30):
-        while lives(engine):  # noqa: ASYNC110
+        while lives(engine):
             await asyncio.sleep(0.005)
 
 

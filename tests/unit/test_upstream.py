@@ -124,21 +124,19 @@ async def test_a_new_engine_forgets_the_pools_of_gone_ones(tmp_path: Path) -> No
 
 async def test_connections_are_not_reused_after_a_stream_of_an_engine_of_ours(tmp_path: Path) -> None:
     """llama.cpp hangs up after each stream without saying so: the next request must not meet that."""
-    connections = 0
+    connections: list[asyncio.Task[None] | None] = []
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
-        try:
-            while True:
-                await read_request(reader)
-                head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-                writer.write(head + b"2\r\nok\r\n")
-                await writer.drain()
-                await asyncio.sleep(0)
-                writer.write(b"0\r\n\r\n")
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+        connections.append(asyncio.current_task())
+        await read_request(reader)
+        writer.write(head + b"2\r\nok\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.01)
+        writer.write(b"0\r\n\r\n")
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
 
     path = str(tmp_path / "e.sock")
     server = await asyncio.start_unix_server(handler, path)
@@ -146,7 +144,8 @@ async def test_connections_are_not_reused_after_a_stream_of_an_engine_of_ours(tm
     async with HttpUpstream() as upstream:
         for _ in range(3):
             assert await ask(upstream, endpoint) == b"ok"
-    assert connections == 3
+    assert len(connections) == 3
+    await asyncio.gather(*(task for task in connections if task))
     server.close()
     await server.wait_closed()
 
