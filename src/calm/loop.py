@@ -31,7 +31,7 @@ from calm.monitor.resources import Resources
 from calm.monitor.window import Workload
 from calm.plan import goals as goal_book
 from calm.plan.feasible import feasible, within_limits
-from calm.plan.placement import forecast, propose
+from calm.plan.placement import forecast, one_at_a_time, propose
 from calm.ports import Clock, Embedder, KnowledgeStore, Policy
 from calm.records import (
     Ask,
@@ -275,7 +275,9 @@ class Orchestrator:
             self._forecast, parts.workload.per_model_rate(now_s), self._elapsed_s(now_s)
         )
         if self.steering.preload:
-            parts.executor.prefer(propose(self.fleet, self.snapshot(), self._forecast.rate_rps))
+            snapshot = self.snapshot()
+            plan = propose(self.fleet, snapshot, self._forecast.rate_rps)
+            parts.executor.prefer(one_at_a_time(plan, snapshot))
 
     def _elapsed_s(self, now_s: float) -> float:
         before, self._adapted_at_s = self._adapted_at_s, now_s

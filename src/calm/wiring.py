@@ -157,6 +157,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
     await intake.start()
     orchestrator.steering.policy = policy(settings.policy.name)
     orchestrator.recall()
+    await orchestrator.adapt()  # warming begins before the first request
     stack.callback(orchestrator.checkpoint)
 
     control = Control(

@@ -356,7 +356,7 @@ async def test_concurrent_streams_keep_apart(aclient: openai.AsyncOpenAI, server
             model=(SMOL, GEMMA)[number % 2],
             messages=COUNT,
             stream=True,
-            max_tokens=8,
+            max_tokens=40,
             extra_body={"grammar": f'root ::= "caller {number} is served"'},
         )
         parts = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]

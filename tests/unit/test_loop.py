@@ -212,8 +212,8 @@ async def test_ratings_move_quality(house: House) -> None:
 
 
 async def test_adapt_preloads_what_fits(house: House) -> None:
-    await house.loop.adapt()
     while any(state.residency != "ready" for state in house.loop.snapshot().models.values()):
+        await house.loop.adapt()
         await asyncio.sleep(0.01)
     assert sorted(house.backend.running) == ["fast", "good"]
 

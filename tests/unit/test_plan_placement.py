@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm.plan.placement import HYSTERESIS, MIN_RATE_RPS, forecast, propose
+from calm.plan.placement import HYSTERESIS, MIN_RATE_RPS, forecast, one_at_a_time, propose
 from calm.records import EngineSpec, ModelCard, ModelState, PriorSpec, Snapshot, SourceSpec
 
 MIB = 2**20
@@ -115,6 +115,21 @@ def test_an_idle_start_warms_small_models_first_and_better_ones_among_equals() -
     plan = propose(cards, snapshot(), {})
     assert plan.preload == ("good", "small")
     assert "unknown" not in plan.value
+
+
+def test_newcomers_come_one_at_a_time() -> None:
+    cards = fleet("a", "b", "c")
+    cold = snapshot(state("a", residency="ready"), state("b"), state("c"), budget=1000 * MIB)
+    plan = propose(cards, cold, {})
+    assert set(plan.preload) == {"a", "b", "c"}
+    first = one_at_a_time(plan, cold)
+    assert len(first.preload) == 2
+    assert "a" in first.preload
+    assert first.value == plan.value
+    busy = snapshot(
+        state("a", residency="ready"), state("b", residency="loading"), state("c"), budget=1000 * MIB
+    )
+    assert set(one_at_a_time(propose(cards, busy, {}), busy).preload) == {"a", "b"}
 
 
 def test_a_guess_never_displaces_a_resident() -> None:

@@ -72,6 +72,24 @@ def propose(
     )
 
 
+def one_at_a_time(plan: PlacementPlan, snapshot: Snapshot) -> PlacementPlan:
+    """The same plan with at most one newcomer, and none while any model is loading.
+
+    Loads that nobody waits for yet must not compete with one another, or with one that somebody waits for,
+    for the cores. The next newcomer's turn comes with the next plan.
+    """
+
+    def residency(model: str) -> str:
+        state = snapshot.models.get(model)
+        return state.residency if state is not None else "cold"
+
+    loading = any(state.residency == "loading" for state in snapshot.models.values())
+    newcomers = [model for model in plan.preload if residency(model) in ("cold", "failed")]
+    later = newcomers if loading else newcomers[1:]
+    kept = tuple(model for model in plan.preload if model not in later)
+    return PlacementPlan(revision=plan.revision, preload=kept, value=plan.value)
+
+
 class _Worth(NamedTuple):
     """One model in the knapsack."""
 
