@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
-
 from tests.system.conftest import GEMMA, PATIENCE_S, SMOL, Server
 
 pytestmark = pytest.mark.models

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import openai
 import pytest
+from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Server
 
 from calm.registry import load_fleet
-from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Server
 
 pytestmark = pytest.mark.models
 

@@ -9,7 +9,6 @@ from typing import Any
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
-
 from tests.system.conftest import GEMMA, SMOL, TINY, Launch, Server, eventually
 
 pytestmark = pytest.mark.models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from calm.execute.observe import Observation, error_message
 
 
@@ -12,14 +13,14 @@ def test_llama_cpp_tells_prefill_cache_and_usage() -> None:
     assert seen.first_token_at_s is None  # a role is no token
     seen.read(b'{"choices":[{"delta":{"content":"Hi"}}]}', 2.0)
     seen.read(b'{"choices":[{"delta":{"content":"!"},"finish_reason":"stop"}]}', 3.0)
-    assert seen.tokens_out == 2
+    assert seen.tokens_out() == 2
     seen.read(
         b'{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":3,'
         b'"prompt_tokens_details":{"cached_tokens":4}},"timings":{"prompt_ms":125.0,"cache_n":6}}',
         4.0,
     )
     assert (seen.first_token_at_s, seen.finish_reason) == (2.0, "stop")
-    assert (seen.prompt_tokens, seen.tokens_out, seen.cached_tokens) == (10, 3, 6)
+    assert (seen.prompt_tokens, seen.tokens_out(), seen.cached_tokens) == (10, 3, 6)
     assert seen.prefill_s == 0.125
 
 
@@ -38,13 +39,13 @@ def test_every_kind_of_content_is_a_first_token(key: str) -> None:
 def test_what_is_no_answer_changes_nothing(payload: bytes) -> None:
     seen = Observation()
     seen.read(payload, 1.0)
-    assert (seen.tokens_out, seen.prompt_tokens, seen.first_token_at_s, seen.error) == (None,) * 4
+    assert (seen.tokens_out(), seen.prompt_tokens, seen.first_token_at_s, seen.error) == (None,) * 4
 
 
 def test_nonsense_counts_are_not_taken() -> None:
     seen = Observation()
     seen.read(b'{"usage":{"prompt_tokens":-5,"completion_tokens":2},"timings":{"prompt_ms":-1}}', 1.0)
-    assert (seen.prompt_tokens, seen.tokens_out, seen.prefill_s) == (None, 2, None)
+    assert (seen.prompt_tokens, seen.tokens_out(), seen.prefill_s) == (None, 2, None)
 
 
 def test_an_error_event_is_noticed() -> None:

@@ -13,7 +13,7 @@ from calm.gateway.fake import CHAT, CHAT_CHUNKS, EMBEDDINGS, TEXT_CHUNKS, Script
 from calm.gateway.limits import Limits
 from calm.gateway.relay import Receipt, Relay, encode_for, merge_stops, receipt
 from calm.gateway.wire import PARSERS
-from calm.records import Ask, ChatSpec, Endpoint, ModelCard
+from calm.records import Ask, ChatSpec, Endpoint, EngineSpec, ModelCard
 
 ENDPOINT = Endpoint(base_url="http://x", model="upstream-name")
 RECEIPT = Receipt(
@@ -53,13 +53,19 @@ def run(ask: Ask, chunks: Sequence[bytes]) -> tuple[list[list[dict[str, object]]
 
 def test_the_engine_hears_its_own_name_and_everything_else_unchanged() -> None:
     ask = ask_for(model="calm", temperature=0.25, calm={"goal": "x"}, weird={"a": [1, 2.5, None]})
-    body = msgspec.json.decode(encode_for(ask, card_named("m"), ENDPOINT))
-    assert body == {
+    plain = {
         "messages": [{"role": "user", "content": "hi"}],
         "model": "upstream-name",
         "temperature": 0.25,
         "weird": {"a": [1, 2.5, None]},
     }
+    server = msgspec.structs.replace(
+        card_named("m"), engine=EngineSpec(kind="openai", url="http://localhost")
+    )
+    assert msgspec.json.decode(encode_for(ask, server, ENDPOINT)) == plain
+    # llama.cpp notices a client that left only on a stream, so it is always asked for one
+    streamed = {**plain, "stream": True, "stream_options": {"include_usage": True}}
+    assert msgspec.json.decode(encode_for(ask, card_named("m"), ENDPOINT)) == streamed
 
 
 def test_a_stream_always_asks_for_usage_and_keeps_other_options() -> None:

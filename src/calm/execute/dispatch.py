@@ -26,6 +26,7 @@ from calm.errors import (
     UnknownModel,
     UpstreamRejected,
 )
+from calm.execute.assemble import Assembly
 from calm.execute.observe import Observation, error_message
 from calm.execute.sse import SseParser
 from calm.ports import Clock, RunningEngine, Upstream, UpstreamReply
@@ -167,7 +168,7 @@ class Serving:
         self._context = self._shared.upstream.post(self._lease.endpoint, PATHS[self.ask.kind], body)
         self._reply = await self._context.__aenter__()
         await self._refuse_bad_status(self._reply, model)
-        if self.ask.stream:
+        if streams_upstream(self.ask, card):
             await self._await_first_event(self._reply, model)
 
     async def _take_lease(self, model: str) -> None:
@@ -210,6 +211,8 @@ class Serving:
 
     async def body(self) -> bytes:
         """The whole JSON answer. Afterwards `outcome` is set."""
+        if self._events is not None:
+            return await self._assembled()
         assert self._reply is not None
         try:
             async with self._deadline():
@@ -220,6 +223,12 @@ class Serving:
         self.seen.read(payload, self._shared.clock.now())
         await self._settle(None)
         return payload
+
+    async def _assembled(self) -> bytes:
+        assembly = Assembly(chat=self.ask.kind == "chat")
+        async for payload in self.events():
+            assembly.add(payload)
+        return assembly.body()
 
     async def events(self) -> AsyncIterator[bytes]:
         """Stream payloads (JSON, unframed) as they arrive, without [DONE]. Afterwards `outcome` is set.
@@ -293,7 +302,7 @@ class Serving:
 
     def _conclude(self, error: BaseException | None) -> Outcome:
         seen, now = self.seen, self._shared.clock.now()
-        first_at_s = seen.first_token_at_s if self.ask.stream else self._inferred_first_token_at_s(now)
+        first_at_s = seen.first_token_at_s or self._inferred_first_token_at_s(now)
         return Outcome(
             request_id=self.request_id,
             model=self.model,
@@ -306,7 +315,7 @@ class Serving:
             total_s=now - self.ask.arrived_s,
             prompt_tokens=seen.prompt_tokens,
             cached_tokens=seen.cached_tokens,
-            completion_tokens=seen.tokens_out,
+            completion_tokens=seen.tokens_out(self.ask.samples),
             concurrency=self._concurrency,
             energy=self._energy,
             finish_reason=seen.finish_reason,
@@ -316,7 +325,7 @@ class Serving:
 
     def _inferred_first_token_at_s(self, now: float) -> float | None:
         """Without a stream the first token is not seen; llama.cpp's prefill time tells when it was."""
-        if self._sent_at_s is None or self.seen.prefill_s is None:
+        if self._events is not None or self._sent_at_s is None or self.seen.prefill_s is None:
             return None
         return min(now, self._sent_at_s + self.seen.prefill_s)
 
@@ -343,6 +352,11 @@ class _Deadline:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError:
             raise DeadlineExceeded(f"the deadline of {self._whole_s:.3g} s passed") from None
+
+
+def streams_upstream(ask: Ask, card: ModelCard) -> bool:
+    """Whether the engine is asked for a stream, also where the caller wanted one body (see assemble.py)."""
+    return ask.stream or (card.engine.kind == "llamacpp" and ask.kind != "embeddings")
 
 
 def status_of(error: BaseException | None) -> OutcomeStatus:

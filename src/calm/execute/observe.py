@@ -89,10 +89,14 @@ class Observation:
             self.prefill_s = timings.prompt_ms / 1000
         self.cached_tokens = _count(timings.cache_n, self.cached_tokens)
 
-    @property
-    def tokens_out(self) -> int | None:
-        """Completion tokens as the engine counts them, else the content chunks seen (one token each)."""
-        return self.completion_tokens if self.completion_tokens is not None else self._chunks or None
+    def tokens_out(self, samples: int = 1) -> int | None:
+        """Completion tokens as the engine counts them, else the content chunks seen (one token each).
+
+        With several samples the larger of the two: llama.cpp counts only one of them.
+        """
+        if self.completion_tokens is None:
+            return self._chunks or None
+        return max(self.completion_tokens, self._chunks) if samples > 1 else self.completion_tokens
 
 
 def _count(seen: int | None, before: int | None) -> int | None:

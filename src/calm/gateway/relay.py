@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from calm.errors import EngineLost
+from calm.execute.dispatch import streams_upstream
 from calm.gateway.service import Reply
 from calm.gateway.wire import wants_usage
 from calm.records import Ask, Endpoint, ModelCard, Outcome, Reading, Record
@@ -39,7 +40,8 @@ def encode_for(ask: Ask, card: ModelCard, endpoint: Endpoint) -> bytes:
     body["model"] = endpoint.model
     if card.chat.stop and ask.kind != "embeddings":
         body["stop"] = merge_stops(body.get("stop"), card.chat.stop)
-    if ask.stream:
+    if streams_upstream(ask, card):
+        body["stream"] = True
         options = body.get("stream_options")
         body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
     return _encode(body)
