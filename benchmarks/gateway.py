@@ -172,7 +172,7 @@ def measure(
     found: dict[tuple[str, int], list[Figures]] = {}
     import uvloop
 
-    for name, port in ports.items():  # warm up
+    for port in ports.values():  # warm up
         uvloop.run(load(port, bodies(), concurrency=4, seconds=1.0))
     for number in range(rounds):
         for concurrency in levels:

@@ -43,6 +43,10 @@ UNITS: Mapping[str, Formatter] = {
 """How the value of a term is written; every other is a plain number."""
 
 
+LATEST = "last"
+"""Stands for the newest request's id."""
+
+
 @click.command(short_help="Explain why a model answered a request.")
 @click.argument("request_id", required=False)
 @json_option
@@ -50,7 +54,7 @@ UNITS: Mapping[str, Formatter] = {
 def explain(request_id: str | None, as_json: bool, url: str, key_env: str) -> None:
     """Show why a request was served by the model it was served by: every candidate's score term by term, the
     models that were refused and the reason, and what was predicted beside what was observed. The id stands in
-    the header x-calm-request-id and in an answer's `id`; without one the latest request is explained.
+    the header x-calm-request-id and in an answer's `id`; without one, or with `last`, it is the latest request.
 
     \b
     Example:
@@ -73,7 +77,7 @@ def explain(request_id: str | None, as_json: bool, url: str, key_env: str) -> No
 
 def find(client: Client, request_id: str | None) -> bytes:
     """The stored request as JSON. Raises ServerSaid, CalmError when there is none yet."""
-    if request_id is not None:
+    if request_id is not None and request_id != LATEST:
         return client.call("GET", f"/calm/v1/decisions/{segment(bare(request_id))}")
     return latest(client)
 
@@ -83,6 +87,12 @@ def bare(request_id: str) -> str:
     for prefix in PREFIXES:
         request_id = request_id.removeprefix(prefix)
     return request_id
+
+
+def latest_id(client: Client) -> str:
+    import msgspec
+
+    return str(msgspec.json.decode(latest(client), type=dict[str, object])["request_id"])
 
 
 def latest(client: Client) -> bytes:

@@ -74,10 +74,8 @@ def show(name: str, fleet: str | None, as_json: bool, url: str, key_env: str) ->
       calm models show smollm2-135m
     """
     found = None if fleet else ask_server(connect(url, key_env), f"/calm/v1/models/{segment(name)}")
-    if found is not None:
-        document = decode(found, dict[str, object])
-    else:
-        document = card_document(fleet_directory(fleet), name)
+    served = None if found is None else decode(found, dict[str, object])
+    document = served or card_document(fleet_directory(fleet), name)
     emit_json(document) if as_json else print_card(document, from_server=found is not None)
 
 
