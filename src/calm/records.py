@@ -90,6 +90,8 @@ class ChatSpec(Strict, frozen=True, kw_only=True):
     """Jinja template; None: the one in the GGUF."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer, beside the caller's own."""
+    trim: bool = False
+    """Drop white space before an answer's first word: models that continue text begin with it."""
 
 
 class PriorSpec(Strict, frozen=True, kw_only=True):

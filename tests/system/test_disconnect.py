@@ -37,7 +37,7 @@ def test_leaving_a_stream_stops_the_engine(server: Server) -> None:
         request_id = response.headers["x-calm-request-id"]
         tokens = 0
         for line in response.iter_lines():
-            tokens += '"content"' in line
+            tokens += '"content":"' in line
             if tokens == 4:
                 break
     eventually("nothing in flight", lambda: server.snapshot()["in_flight"] == 0, patience_s=10)

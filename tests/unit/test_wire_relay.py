@@ -170,3 +170,25 @@ async def test_unknown_energy_is_null_and_not_zero() -> None:
         assert (early.energy_j, early.energy_meter, early.total_s) == (None, None, None)
         await reply.body()
         assert receipt(reply).energy_meter == "scripted"
+
+
+def test_white_space_before_the_first_word_goes_where_the_card_says_so() -> None:
+    relay = Relay(ask_for(stream=True), "small", trim=True)
+    deltas = [None, " ", "  Par", " is"]
+    out = [
+        relay.chunk(msgspec.json.encode({"choices": [{"index": 0, "delta": {"content": text}}]}))
+        for text in deltas
+    ]
+    said = [
+        msgspec.json.decode(chunk)["choices"][0]["delta"]["content"] for chunks in out for chunk in chunks
+    ]
+    assert said == [None, "", "Par", " is"]
+    whole = (
+        b'{"choices":[{"index":0,"message":{"content":"  Paris "}},{"index":1,"message":{"content":"\\n"}}]}'
+    )
+    trimmed = msgspec.json.decode(Relay(ask_for(), "small", trim=True).whole(whole, RECEIPT))
+    assert [choice["message"]["content"] for choice in trimmed["choices"]] == ["Paris ", ""]
+    untouched = msgspec.json.decode(Relay(ask_for(), "small").whole(whole, RECEIPT))
+    assert untouched["choices"][0]["message"]["content"] == "  Paris "
+    odd = Relay(ask_for(), "small", trim=True).whole(b'{"choices":7}', RECEIPT)
+    assert msgspec.json.decode(odd)["choices"] == 7

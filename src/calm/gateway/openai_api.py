@@ -77,7 +77,7 @@ class OpenAiApi:
     async def _whole(self, ask: Ask) -> web.Response:
         async with self._service.serve(ask) as reply:
             payload = await reply.body()
-            body = Relay(ask, reply.model).whole(payload, receipt(reply))
+            body = self._relay(ask, reply).whole(payload, receipt(reply))
         headers = {REQUEST_ID: ask.request_id, **reply_headers(reply), **energy_headers(reply)}
         return web.Response(body=body, content_type="application/json", headers=headers)
 
@@ -100,7 +100,7 @@ class OpenAiApi:
     async def _pump(self, ask: Ask, out: EventStream) -> None:
         """Events as they come; returns early, which cancels the work, when the client has left."""
         async with self._service.serve(ask) as reply:
-            relay = Relay(ask, reply.model)
+            relay = self._relay(ask, reply)
             await out.open(reply_headers(reply))
             async with _closing(reply.events()) as events:
                 async for payload in events:
@@ -110,6 +110,10 @@ class OpenAiApi:
             for ready in relay.last(receipt(reply)):
                 await out.send(ready)
             await out.finish()
+
+    def _relay(self, ask: Ask, reply: Reply) -> Relay:
+        card = self._service.cards().get(reply.model or "")
+        return Relay(ask, reply.model, trim=card is not None and card.chat.trim)
 
     def _mid_stream(self, error: Exception, ask: Ask) -> CalmError:
         """What the error event says, and the log with it."""

@@ -12,6 +12,7 @@ import msgspec
 
 from calm.errors import EngineLost
 from calm.execute.dispatch import streams_upstream
+from calm.gateway.opening import Opening
 from calm.gateway.service import Reply
 from calm.gateway.wire import wants_usage
 from calm.records import Ask, Endpoint, ModelCard, Outcome, Reading, Record
@@ -102,7 +103,8 @@ class Relay:
     usage chunk where the client asked for one. No token waits for it.
     """
 
-    def __init__(self, ask: Ask, model: str | None) -> None:
+    def __init__(self, ask: Ask, model: str | None, *, trim: bool = False) -> None:
+        self._opening = Opening() if trim and ask.kind == "chat" else None
         self._id = msgspec.Raw(_encode(PREFIX[ask.kind] + ask.request_id))
         self._model = msgspec.Raw(_encode(model))
         self._has_id = ask.kind != "embeddings"
@@ -143,6 +145,8 @@ class Relay:
         if self._has_id:
             fields["id"] = self._id
         fields["model"] = self._model
+        if self._opening is not None and "choices" in fields:
+            fields["choices"] = msgspec.Raw(self._opening.trim(bytes(fields["choices"])))
         return fields
 
     def _absorb(self, fields: Fields) -> None:
