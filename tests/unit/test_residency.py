@@ -327,6 +327,31 @@ def test_idle_models_leave_when_the_operator_says_so() -> None:
 # --- the planner ----------------------------------------------------------------------------------
 
 
+def everything(s: Story) -> PlacementPlan:
+    """A plan that wants both models resident."""
+    return PlacementPlan(revision=s.machine.revision, preload=("a", "b"), value={"a": 2.0, "b": 1.0})
+
+
+def test_what_the_operator_unloaded_stays_cold_until_someone_asks() -> None:
+    s = Story(card("a", 20), card("b", 20))
+    s.resident("a", "b")
+    s.feed(ev.AdminUnload(s.at_s, 900, "a", False))
+    s.unloaded("a")
+    assert s.feed(ev.Prefer(s.at_s, everything(s))) == [], "a forecast is no reason"
+    s.want("a")
+    assert s.said[-1] == ev.StartLoad("a", 1)
+
+
+def test_an_idle_model_is_not_warmed_again_at_once() -> None:
+    s = Story(card("a", 20), card("b", 20), idle_unload_s=30.0)
+    s.resident("a", "b")
+    s.feed(ev.Pin(s.at_s, "b"))
+    s.feed(ev.Prefer(s.at_s, everything(s)))
+    assert s.later(30.0) == [ev.StartUnload("a")], "the plan does not keep what the operator limits"
+    s.unloaded("a")
+    assert s.feed(ev.Prefer(s.at_s, everything(s))) == []
+
+
 def test_preloads_take_free_memory_and_yield_to_asks() -> None:
     s = Story(card("a", 60), card("b", 60))
     plan = PlacementPlan(revision=s.machine.revision, preload=("a", "b"), value={"a": 2.0, "b": 1.0})

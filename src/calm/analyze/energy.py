@@ -9,10 +9,11 @@ never metered has no estimate: it is None, never 0.
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import math
 
-from calm.analyze.regression import Array, Prior, RelativeLearner, Rows, RowState
+from calm.analyze.evidence import Prior, RowState
+from calm.analyze.maths import ONE, Maths, N, Pair
+from calm.analyze.regression import Posterior, RelativeLearner, belief, relative
 from calm.records import Belief
 
 PROMPT_OVER_OUTPUT = 0.2  # a prompt token is read in a batch, so it costs about a fifth of a written one
@@ -24,54 +25,53 @@ Case = tuple[float, float]
 _PRIOR = Prior(mean=(1.0, 1.0, 1.0), strength=(0.3, 0.15, 0.1), noise_sd=0.25)
 
 
-class Energy:
+class Energy(RelativeLearner):
     """Joules of one request, None until stated or measured."""
 
     name = "energy_j"
 
     def __init__(self) -> None:
-        self._learner = RelativeLearner(_PRIOR)
-        self.known: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        super().__init__(_PRIOR)
+        self._known: set[int] = set()
+
+    def known(self, row: int) -> bool:
+        """Stated by the card or measured at least once."""
+        return row in self._known
 
     def add(self, row: int, joules_per_token: float | None = None) -> None:
-        self._learner.grow(row + 1)
-        extra = len(self._learner.unit) - len(self.known)
-        self.known = np.concatenate([self.known, np.zeros(extra, np.bool_)])
-        stated = joules_per_token is not None and joules_per_token > 0
-        self.known[row] = stated
-        self._learner.reset(row, _units(joules_per_token if stated and joules_per_token else 1.0))
-
-    def predict(
-        self, rows: Rows, uncached: Array, output: Array, output_sd: Array
-    ) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """(mean, sd, known); the answer's own uncertainty is carried through the joules a token."""
-        x = np.ones((len(rows), 3))
-        x[:, 1] = uncached
-        x[:, 2] = output
-        mean, sd = self._learner.predict(rows, x)
-        per_token = np.maximum(self._learner.bank.coefficients[rows, 2], 0.0) * self._learner.unit[rows, 2]
-        return mean, np.sqrt(sd**2 + (per_token * output_sd) ** 2), self.known[rows]
+        self._known.discard(row)
+        stated = joules_per_token if joules_per_token is not None and joules_per_token > 0 else None
+        if stated is not None:
+            self._known.add(row)
+        self._bank.reset(row, units=_units(stated or 1.0))
 
     def predict_one(self, row: int, x: Case) -> Belief | None:
-        return self._learner.predict_one(row, (1.0, *x)) if self.known[row] else None
+        return belief(relative(ONE, self.of(row), (1.0, *x))) if row in self._known else None
 
     def learn_one(self, row: int, x: Case, joules: float) -> bool:
         """The first observation of an unknown model sets its scale. False for what no meter can mean."""
-        if not (0.0 < joules < float("inf") and np.isfinite(x).all() and min(x) >= 0 and sum(x) > 0):
+        uncached, output = x
+        sensible = 0.0 <= uncached < math.inf and 0.0 <= output < math.inf and uncached + output > 0
+        if not (sensible and 0.0 < joules < math.inf):
             return False
-        if not self.known[row]:
-            tokens = FIXED_TOKENS + PROMPT_OVER_OUTPUT * x[0] + x[1]
-            self._learner.reset(row, _units(joules / tokens))
-            self.known[row] = True
-        return self._learner.learn_one(row, (1.0, *x), joules)
-
-    def state(self, row: int) -> RowState | None:
-        return self._learner.state(row)
+        if row not in self._known:
+            tokens = FIXED_TOKENS + PROMPT_OVER_OUTPUT * uncached + output
+            self._bank.reset(row, units=_units(joules / tokens))
+            self._known.add(row)
+        return self._learn(row, (1.0, uncached, output), joules)
 
     def restore(self, row: int, state: RowState) -> bool:
-        restored = self._learner.restore(row, state)
-        self.known[row] |= restored
+        restored = super().restore(row, state)
+        if restored:
+            self._known.add(row)
         return restored
+
+
+def energy_j(m: Maths[N], of: Posterior[N], uncached: N, output: Pair[N]) -> Pair[N]:
+    """Mean and sd; the answer's own uncertainty is carried through the joules a token."""
+    mean, sd = relative(m, of, (1.0, uncached, output[0]))
+    through = m.larger(of.weights[2], 0.0) * output[1]
+    return mean, m.sqrt(sd * sd + through * through)
 
 
 def _units(joules_per_token: float) -> tuple[float, float, float]:

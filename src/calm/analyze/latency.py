@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 
-from calm.analyze.regression import Array, LogLearner, Prior, RelativeLearner, Rows, RowState
+from calm.analyze.evidence import Prior
+from calm.analyze.maths import ONE, Maths, N, Pair
+from calm.analyze.regression import LogLearner, Posterior, RelativeLearner, belief, lognormal, relative
 from calm.records import Belief, ModelCard
 
 # Priors for a card that states nothing; small quantised models on a server CPU, one thread (field tests:
@@ -72,111 +74,90 @@ def prior_load_s(card: ModelCard) -> float:
     return UNKNOWN_LOAD_S if not size else LOAD_OVERHEAD_S + size / DISK_BYTES_PER_S
 
 
-class LoadTime:
+class LoadTime(LogLearner):
     """Seconds a cold model needs until it answers."""
 
     name = "load_s"
 
     def __init__(self) -> None:
-        self._learner = LogLearner(_LOAD_PRIOR, forgetting=0.9)
+        super().__init__(_LOAD_PRIOR, forgetting=0.9)
 
     def add(self, row: int, card: ModelCard) -> None:
-        self._learner.bank.grow(row + 1)
-        self._learner.bank.reset(row, (math.log(prior_load_s(card)),))
-
-    def predict(self, rows: Rows, x: Array) -> tuple[Array, Array]:
-        """`x` is a column of ones, (m, 1)."""
-        return self._learner.predict(rows, x)
+        self._bank.reset(row, (math.log(prior_load_s(card)),))
 
     def predict_one(self, row: int, x: tuple[float] = (1.0,)) -> Belief:
-        return self._learner.predict_one(row, x)
+        return belief(lognormal(ONE, self.of(row), x))
 
     def learn_one(self, row: int, x: tuple[float], seconds: float) -> bool:
-        return self._learner.learn_one(row, x, seconds)
-
-    def state(self, row: int) -> RowState | None:
-        return self._learner.state(row)
-
-    def restore(self, row: int, state: RowState) -> bool:
-        return self._learner.restore(row, state)
+        return self._learn(row, x, seconds)
 
 
-class Prefill:
+def load_s(m: Maths[N], of: Posterior[N], share: N) -> Pair[N]:
+    """Mean and sd of what is left of a load when `share` of it is."""
+    mean, sd = lognormal(m, of, (1.0,))
+    return mean * share, sd * share
+
+
+class Prefill(RelativeLearner):
     """Seconds from the engine's start on a prompt to the first token."""
 
     name = "prefill_s"
 
     def __init__(self) -> None:
-        self._learner = RelativeLearner(_PREFILL_PRIOR)
+        super().__init__(_PREFILL_PRIOR)
 
     def add(self, row: int, card: ModelCard) -> None:
         overhead = REMOTE_LATENCY_S if card.remote else LOCAL_LATENCY_S
         per_token = 1.0 / prior_prefill_tps(card)
-        self._learner.grow(row + 1)
-        self._learner.reset(row, (overhead, per_token, 0.1 * per_token if card.remote else per_token))
-
-    def predict(self, rows: Rows, uncached: Array, concurrency: Array, threads: Array) -> tuple[Array, Array]:
-        work = uncached * threads**-PREFILL_THREAD_EXPONENT
-        x = self._columns(work, concurrency)
-        return self._learner.predict(rows, x)
+        self._bank.reset(row, units=(overhead, per_token, 0.1 * per_token if card.remote else per_token))
 
     def predict_one(self, row: int, x: PrefillCase) -> Belief:
-        return self._learner.predict_one(row, _prefill_features(x))
+        return belief(prefill_s(ONE, self.of(row), *_served(x)))
 
     def learn_one(self, row: int, x: PrefillCase, seconds: float) -> bool:
-        return seconds > 0 and self._learner.learn_one(row, _prefill_features(x), seconds)
-
-    def state(self, row: int) -> RowState | None:
-        return self._learner.state(row)
-
-    def restore(self, row: int, state: RowState) -> bool:
-        return self._learner.restore(row, state)
-
-    @staticmethod
-    def _columns(work: Array, concurrency: Array) -> Array:
-        x = work[:, None].repeat(3, axis=1)
-        x[:, 0] = 1.0
-        x[:, 2] *= concurrency - 1.0
-        return x
+        return seconds > 0 and self._learn(row, _prefill_features(*_served(x)), seconds)
 
 
-def _prefill_features(x: PrefillCase) -> tuple[float, float, float]:
-    uncached, concurrency, threads = x
-    work = max(0.0, uncached) * max(1, threads) ** -PREFILL_THREAD_EXPONENT
-    return 1.0, work, work * max(0.0, concurrency - 1.0)
+def prefill_s(m: Maths[N], of: Posterior[N], uncached: N, concurrency: N, threads: N) -> Pair[N]:
+    """Mean and sd. All three as in `PrefillCase`, concurrency and threads at least 1."""
+    return relative(m, of, _prefill_features(uncached, concurrency, threads))
 
 
-class Decode:
+def _prefill_features(uncached: N, concurrency: N, threads: N) -> tuple[N, N, N]:
+    work = uncached * threads**-PREFILL_THREAD_EXPONENT
+    return 1.0, work, work * (concurrency - 1.0)
+
+
+def _served(x: PrefillCase) -> tuple[float, float, float]:
+    """Within the domain of the formula, whatever an engine reported."""
+    return max(0.0, x[0]), max(1.0, x[1]), float(max(1, x[2]))
+
+
+class Decode(LogLearner):
     """Seconds for each further token (TPOT) of one sequence."""
 
     name = "tpot_s"
 
     def __init__(self) -> None:
-        self._learner = LogLearner(_DECODE_PRIOR)
+        super().__init__(_DECODE_PRIOR)
 
     def add(self, row: int, card: ModelCard) -> None:
         batch = _REMOTE_BATCH_EXPONENT if card.remote else _LOCAL_BATCH_EXPONENT
         threads = 0.0 if card.remote else _DECODE_PRIOR.mean[2]
-        self._learner.bank.grow(row + 1)
-        self._learner.bank.reset(row, (-math.log(prior_decode_tps(card)), batch, threads))
-
-    def predict(self, rows: Rows, x: Array) -> tuple[Array, Array]:
-        """Features (m, 3) as made by `decode_features`."""
-        return self._learner.predict(rows, x)
+        self._bank.reset(row, (-math.log(prior_decode_tps(card)), batch, threads))
 
     def predict_one(self, row: int, x: DecodeCase) -> Belief:
-        return self._learner.predict_one(row, decode_features(x))
+        return belief(lognormal(ONE, self.of(row), _decode_features(x)))
 
     def learn_one(self, row: int, x: DecodeCase, seconds: float) -> bool:
-        return self._learner.learn_one(row, decode_features(x), seconds)
-
-    def state(self, row: int) -> RowState | None:
-        return self._learner.state(row)
-
-    def restore(self, row: int, state: RowState) -> bool:
-        return self._learner.restore(row, state)
+        return self._learn(row, _decode_features(x), seconds)
 
 
-def decode_features(x: DecodeCase) -> tuple[float, float, float]:
+def tpot_s(m: Maths[N], of: Posterior[N], concurrency: N, threads: N) -> Pair[N]:
+    """Mean and sd for concurrency and threads of at least 1."""
+    return lognormal(m, of, (1.0, m.log(concurrency), m.log(threads)))
+
+
+def _decode_features(x: DecodeCase) -> tuple[float, float, float]:
     concurrency, threads = x
     return 1.0, math.log(max(1.0, concurrency)), math.log(max(1, threads))

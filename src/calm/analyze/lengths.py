@@ -10,11 +10,11 @@ Dempster, Laird and Rubin 1977).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from calm.analyze.regression import Array, LogLearner, Prior, Rows, RowState
+from calm.analyze.evidence import Prior
+from calm.analyze.maths import ONE, Maths, N, Pair
+from calm.analyze.regression import LogLearner, Posterior, belief, log_moments
 from calm.records import Belief, Features
 
 DEFAULT_OUTPUT_TOKENS = 150.0
@@ -28,7 +28,8 @@ _CENTRE_PROMPT = math.log(60.0)
 _CENTRE_CAP = math.log(256.0)
 _FORGETTING = 0.985
 _SQRT_2_PI = math.sqrt(2 / math.pi)
-_SHIFTS = (0.0, 1.0, 2.0)
+_LONGEST_LOG = 100.0  # exp(2 * 100) is still a double
+_WIDEST = 1.2  # of the logarithm's sd: a cold prior must not promise a book
 
 Case = tuple[float, float, float, float, float]
 """(1, log prompt, log max_tokens, structured, verbosity), each centred near zero but the first."""
@@ -46,62 +47,56 @@ def case(features: Features, verbosity: float = 0.0) -> Case:
     )
 
 
-class LengthPredictor:
+class LengthPredictor(LogLearner):
     """Tokens of one sample of the answer."""
 
     name = "output_tokens"
 
     def __init__(self) -> None:
-        self._learner = LogLearner(_PRIOR, _FORGETTING)
+        super().__init__(_PRIOR, _FORGETTING)
 
     def add(self, row: int, prior_tokens: float | None = None) -> None:
-        self._learner.bank.grow(row + 1)
         first = math.log(max(1.0, prior_tokens or DEFAULT_OUTPUT_TOKENS))
-        self._learner.bank.reset(row, (first, *_PRIOR.mean[1:]))
-
-    def predict(self, rows: Rows, x: Array, cap: Array) -> tuple[Array, Array]:
-        """Mean and sd of min(length, cap) for features (m, 5) and caps (m,), inf where there is none."""
-        mu, sigma = self._learner.predict_log(rows, x)
-        return capped_lognormal(mu, np.minimum(sigma, 1.2), cap)
+        self._bank.reset(row, (first, *_PRIOR.mean[1:]))
 
     def predict_one(self, row: int, x: Case, cap: float = math.inf) -> Belief:
-        mean, sd = self.predict(np.asarray([row]), np.asarray([x]), np.asarray([cap]))
-        return Belief(mean=float(mean[0]), sd=float(sd[0]))
+        return belief(output_tokens(ONE, self.of(row), x, cap))
 
     def learn_one(self, row: int, x: Case, tokens: float, censored: bool = False) -> bool:
         """`censored`: the answer was cut off at `tokens`, it would have been longer."""
         if not 1.0 <= tokens < math.inf:
             return False
         if not censored:
-            return self._learner.learn_one(row, x, tokens)
-        mu, sigma = self._learner.predict_log(np.asarray([row]), np.asarray([x]))
-        longer = tail_mean(float(mu[0]), float(sigma[0]), math.log(tokens))
-        return self._learner.learn_one(row, x, math.exp(min(longer, 20.0)))
-
-    def state(self, row: int) -> RowState | None:
-        return self._learner.state(row)
-
-    def restore(self, row: int, state: RowState) -> bool:
-        return self._learner.restore(row, state)
+            return self._learn(row, x, tokens)
+        mu, variance = log_moments(self.of(row), x)
+        longer = tail_mean(mu, math.sqrt(variance), math.log(tokens))
+        return self._learn(row, x, math.exp(min(longer, 20.0)))
 
 
-def capped_lognormal(mu: Array, sigma: Array, cap: Array) -> tuple[Array, Array]:
+def output_tokens(m: Maths[N], of: Posterior[N], x: Sequence[N], cap: N) -> Pair[N]:
+    """Mean and sd of min(length, cap) for features as in `Case`; the cap is inf where there is none."""
+    mu, variance = log_moments(of, x)
+    return capped_lognormal(m, mu, m.smaller(m.sqrt(variance), _WIDEST), cap)
+
+
+def capped_lognormal(m: Maths[N], mu: N, sigma: N, cap: N) -> Pair[N]:
     """Mean and sd of min(X, cap), log X ~ Normal(mu, sigma). Truncated-moment identity of the lognormal."""
-    cap = np.maximum(cap, 1.0)
-    bounded = np.minimum(cap, 1e12)
-    edge = (np.log(bounded) - mu) / sigma
-    below, below_first, below_second = normal_cdf(edge - np.multiply.outer(_SHIFTS, sigma))
-    above = 1.0 - below
-    typical = np.exp(mu + sigma * sigma / 2)
-    first = typical * below_first + bounded * above
-    second = (typical * np.exp(sigma * sigma / 2)) ** 2 * below_second + bounded * bounded * above
-    mean = np.minimum(np.maximum(first, 1.0), cap)
-    return mean, np.sqrt(np.maximum(second - first * first, 0.0))
+    cap = m.larger(cap, 1.0)
+    bounded = m.smaller(cap, 1e12)
+    mu, half = m.smaller(mu, _LONGEST_LOG), sigma * sigma / 2
+    edge = (m.log(bounded) - mu) / sigma
+    above = (1.0 - normal_cdf(m, edge)) * bounded
+    typical = m.exp(mu + half)
+    first = typical * normal_cdf(m, edge - sigma) + above
+    wide = typical * m.exp(half)
+    second = wide * wide * normal_cdf(m, edge - 2.0 * sigma) + bounded * above
+    mean = m.smaller(m.larger(first, 1.0), cap)
+    return mean, m.sqrt(m.larger(second - first * first, 0.0))
 
 
-def normal_cdf(z: Array) -> NDArray[np.float64]:
+def normal_cdf(m: Maths[N], z: N) -> N:
     """Standard normal distribution by the tanh approximation (Page 1977), error under 2e-4."""
-    return np.asarray(0.5 + 0.5 * np.tanh(_SQRT_2_PI * z * (1.0 + 0.044715 * z * z)))
+    return 0.5 + 0.5 * m.tanh(_SQRT_2_PI * z * (1.0 + 0.044715 * z * z))
 
 
 def tail_mean(mu: float, sigma: float, edge: float) -> float:

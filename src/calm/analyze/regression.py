@@ -13,7 +13,9 @@ ignored; a residual counts at most `_CLIP_SD` standard deviations (Huber); resid
 shed nine tenths of the memory, so a level shift is followed within a handful of observations (a two-sided
 exponentially weighted test after Roberts 1959).
 
-Rows are models. Prediction is vectorised over rows, learning touches one row.
+Rows are models. This module is for the small regressions, one to five features each, in plain floats: a row
+learns and predicts in microseconds, and a thousand rows predict as columns with the same formulas (`maths`).
+`wide` holds the one regression with many features.
 """
 
 from __future__ import annotations
@@ -21,255 +23,218 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from operator import mul
+from typing import Generic, NamedTuple
 
-import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from calm.analyze.evidence import Noise, Prior, RowState, as_bytes, read_state
+from calm.analyze.maths import Array, Maths, N, Pair, Rows
+from calm.analyze.quadratic import Packed, diagonal, dot, form, inverse, outer, times, twice_off_diagonal
 from calm.records import Belief
 
-Array = NDArray[np.float64]
-Rows = NDArray[np.intp]
-_T = TypeVar("_T", bound=np.generic)
-
-_CLIP_SD = 4.0
-_CLIP_AFTER = 3
-_SHIFT_MEMORY = 0.8
-_SHIFT_CLIP_SD = 3.0
-_SHIFT_LIMIT = 1.5  # 4.5 standard deviations of the statistic under white noise
-_SHIFT_KEEP = 0.1
 _LOG_VARIANCE_CAP = 1.0  # a lognormal's mean explodes with its variance; a cold prior must not
-_ABSURD = 1e9  # larger features or targets would swamp a double's digits for good
+_ABSURD = 1e9  # larger targets would swamp a double's digits for good
+_ABSURD_FEATURE = 1e4  # its square meets others' in a determinant
 _FLOOR = 0.05  # a relative prediction never falls under this part of its prior
 
 
-@dataclass(frozen=True)
-class Prior:
-    """What is believed before any data. `strength[i]`: pseudo-observations that hold coefficient i."""
+class Posterior(NamedTuple, Generic[N]):
+    """What predicting needs of one row, or of many as columns."""
 
-    mean: tuple[float, ...]
-    strength: tuple[float, ...]
-    noise_sd: float
-    noise_strength: float = 4.0
+    weights: Sequence[N]
+    spread: Sequence[N]
+    """Covariance of the weights, packed, off-diagonals doubled, the noise variance multiplied in."""
+    units: Sequence[N]
+    """The prior's weights (relative learners only)."""
+    noise: N
+    """Variance of single observations."""
 
 
-class RowState(msgspec.Struct, frozen=True, array_like=True):
-    """One row's posterior, as stored in a checkpoint: float64 arrays as bytes."""
+@dataclass(slots=True)
+class _Row:
+    """One regression. `pull` is L0 times the prior's mean, what h fades towards."""
 
-    vector: bytes
-    precision: bytes
-    noise: tuple[float, float]
-    observations: int
-    shift: float
-    base: bytes
-    unit: bytes = b""
+    base: Sequence[float]
+    pull: Sequence[float]
+    precision: Sequence[float]
+    vector: Sequence[float]
+    noise: Noise
+    weights: Sequence[float]
+    spread: Sequence[float]
+    units: Sequence[float] = ()
+    posterior: Posterior[float] | None = None
 
 
 class Bank:
-    """Independent regressions, one a row, that share their dimension and the shape of their prior.
+    """Independent small regressions, one a row, that share their dimension and the shape of their prior."""
 
-    `spread` is the covariance of the coefficients with the noise variance multiplied in.
-    """
-
-    def __init__(self, prior: Prior, forgetting: float, dtype: type[np.floating] = np.float64) -> None:
-        """`dtype` of the stored covariances: float32 halves the memory a wide bank has to read."""
+    def __init__(self, prior: Prior, forgetting: float) -> None:
         self.d = len(prior.mean)
         self._prior = prior
         self._forget = forgetting
-        self._noise0 = (prior.noise_strength, prior.noise_strength * prior.noise_sd**2)
-        self._precision0 = np.diag(np.asarray(prior.strength, np.float64))
-        self._base: Array = np.zeros((0, self.d))
-        self.coefficients: Array = np.zeros((0, self.d))
-        self._spread: NDArray[np.floating] = np.zeros((0, self.d, self.d), dtype)
-        self._precision: Array = np.zeros((0, self.d, self.d))
-        self._vector: Array = np.zeros((0, self.d))
-        self._noise: Array = np.zeros(0)
-        self._rows: list[_Scalars] = []
+        self._precision0 = diagonal(prior.strength)
+        self._covariance0 = inverse(self._precision0, self.d)
+        self._rows: list[_Row] = []
+        self._columns: Array = np.zeros((self.d + len(self._precision0) + self.d + 1, 0))
+        self._stale: set[int] = set()
 
-    def grow(self, rows: int) -> None:
-        """Makes room for `rows` rows; new ones hold the prior."""
-        have = len(self._rows)
-        if rows <= have:
-            return
-        extra = max(rows - have, have // 2)
-        self._base = extended(self._base, extra)
-        self.coefficients = extended(self.coefficients, extra)
-        self._spread = extended(self._spread, extra)
-        self._precision = extended(self._precision, extra)
-        self._vector = extended(self._vector, extra)
-        self._noise = extended(self._noise, extra)
-        for row in range(have, have + extra):
-            self._rows.append(_Scalars(*self._noise0))
-            self.reset(row)
+    def reset(self, row: int, mean: Sequence[float] | None = None, units: Sequence[float] = ()) -> None:
+        """Back to the prior, whose mean may be the row's own. Makes room for the row where there is none."""
+        while len(self._rows) < row:
+            self._place(len(self._rows), self._prior.mean, ())
+        self._place(row, self._prior.mean if mean is None else mean, units)
 
-    @property
-    def rows(self) -> int:
-        return len(self._rows)
+    def of(self, row: int) -> Posterior[float]:
+        """In natural units, where the row has any."""
+        found = self._rows[row]
+        if found.posterior is None:
+            found.posterior = _posterior(found, self.d)
+        return found.posterior
 
-    def observations(self, row: int) -> int:
-        return self._rows[row].observations
+    def over(self, rows: Rows) -> Posterior[Array]:
+        """The same of many rows, as columns."""
+        self._refresh()
+        columns = self._columns.take(rows, axis=1)
+        d, end = self.d, len(columns) - self.d - 1
+        return Posterior(list(columns[:d]), list(columns[d:end]), list(columns[end:-1]), columns[-1])
 
-    def reset(self, row: int, mean: Sequence[float] | None = None) -> None:
-        """Back to the prior, whose mean may be the row's own."""
-        self._base[row] = self._prior.mean if mean is None else mean
-        self._rows[row] = _Scalars(*self._noise0)
-        self._precision[row] = self._precision0
-        self._vector[row] = self._precision0 @ self._base[row]
-        self._solve(row)
+    def predict_one(self, row: int, z: Sequence[float]) -> tuple[float, float, float]:
+        """(mean, variance of the mean, variance of the noise) of a row, in its own units."""
+        found = self._rows[row]
+        return dot(found.weights, z), form(found.spread, z), found.noise.variance
 
-    def predict(self, rows: Rows, z: Array) -> tuple[Array, Array, Array]:
-        """(mean, variance of the mean, variance of the noise) for rows (m,) and features (m, d)."""
-        mean = np.vecdot(z, self.coefficients.take(rows, axis=0))
-        reach = np.matvec(self._spread.take(rows, axis=0), z)
-        return mean, np.vecdot(z, reach), self._noise.take(rows)
+    def units(self, row: int) -> Sequence[float]:
+        return self._rows[row].units
 
-    def predict_same(self, rows: Rows, z: Array) -> tuple[Array, Array]:
-        """(mean, variance of the mean) of many rows for one and the same features (d,)."""
-        z = z.astype(self._spread.dtype)
-        most = 2 * len(rows) >= self.rows  # then gathering the matrices costs more than reading them all
-        variance = (self._spread @ z @ z)[rows] if most else self._spread[rows] @ z @ z
-        return self.coefficients[rows] @ z, np.maximum(variance, 0.0).astype(np.float64)
+    def weights(self, row: int) -> Sequence[float]:
+        """In the row's own units."""
+        return self._rows[row].weights
 
-    def noise_sd(self, row: int) -> float:
-        """Standard deviation of single observations around the row's mean."""
-        return float(self._noise[row] ** 0.5)
-
-    def predict_one(self, row: int, z: Array) -> tuple[float, float, float]:
-        """As `predict`, for one row; z has shape (d,)."""
-        spread = float(z.dot(self._spread[row].dot(z)))
-        return float(z.dot(self.coefficients[row])), spread, self._rows[row].noise
-
-    def learn_one(self, row: int, z: Array, y: float) -> bool:
+    def learn_one(self, row: int, z: Sequence[float], y: float) -> bool:
         """One observation. False, and nothing changed, when it is not finite or absurdly large."""
-        if not (math.isfinite(y) and abs(y) < _ABSURD and float(np.abs(z).max()) < _ABSURD):
+        if not (abs(y) < _ABSURD and sane(z)):
             return False
-        mean, spread, noise = self.predict_one(row, z)
-        scalars = self._rows[row]
-        sd = math.sqrt(spread + noise)
-        error = y - mean
-        if scalars.observations >= _CLIP_AFTER:
-            error = min(max(error, -_CLIP_SD * sd), _CLIP_SD * sd)
-            if scalars.shifted(error / sd):
-                self._fade(row, _SHIFT_KEEP)
-        self._fade(row, self._forget)
-        self._precision[row] += z[:, None] * z
-        self._vector[row] += z * (mean + error)
-        scalars.learn(error * error / (1.0 + spread / noise), self._forget, self._noise0)
+        mean, spread, variance = self.predict_one(row, z)
+        found = self._rows[row]
+        error, kept = found.noise.judged(y - mean, math.sqrt(spread + variance))
+        keep = kept * self._forget
+        lose, target = 1.0 - keep, mean + error
+        found.precision = [
+            keep * p + lose * p0 + zz
+            for p, p0, zz in zip(found.precision, self._precision0, outer(z), strict=True)
+        ]
+        found.vector = [
+            keep * h + lose * h0 + v * target for h, h0, v in zip(found.vector, found.pull, z, strict=True)
+        ]
+        found.noise.learn(error * error / (1.0 + spread / variance), self._forget, self._prior.noise)
         self._solve(row)
         return True
 
-    def _fade(self, row: int, keep: float) -> None:
-        self._precision[row] *= keep
-        self._precision[row] += (1 - keep) * self._precision0
-        self._vector[row] *= keep
-        self._vector[row] += (1 - keep) * self._precision0.dot(self._base[row])
-
-    def _solve(self, row: int) -> None:
-        covariance = np.linalg.inv(self._precision[row])
-        self.coefficients[row] = covariance.dot(self._vector[row])
-        self._noise[row] = self._rows[row].noise
-        self._spread[row] = covariance * self._rows[row].noise
-
     def state(self, row: int) -> RowState | None:
         """The row's posterior, None while it is the prior."""
-        scalars = self._rows[row]
-        if not scalars.observations:
+        found = self._rows[row]
+        if not found.noise.observations:
             return None
         return RowState(
-            self._vector[row].tobytes(),
-            self._precision[row][np.triu_indices(self.d)].tobytes(),
-            (scalars.strength, scalars.total),
-            scalars.observations,
-            scalars.shift,
-            self._base[row].tobytes(),
+            as_bytes(found.vector),
+            as_bytes(found.precision),
+            (found.noise.strength, found.noise.total),
+            found.noise.observations,
+            found.noise.shift,
+            as_bytes(found.base),
+            as_bytes(found.units),
         )
 
     def restore(self, row: int, state: RowState) -> bool:
         """False, with the row untouched, when the state does not fit or is not sane."""
-        triangle = self.d * (self.d + 1) // 2
-        if (len(state.vector), len(state.base), len(state.precision)) != (
-            8 * self.d,
-            8 * self.d,
-            8 * triangle,
-        ):
+        units = np.frombuffer(state.unit) if len(state.unit) % 8 == 0 else np.zeros(1)
+        parts = read_state(state, self.d)
+        if parts is None or len(units) != len(self._rows[row].units):
             return False
-        vector, base = np.frombuffer(state.vector), np.frombuffer(state.base)
-        precision = _symmetric(np.frombuffer(state.precision), self.d)
-        numbers = (vector, base, precision, np.asarray([*state.noise, state.shift]))
-        if not all(np.isfinite(part).all() for part in numbers):
+        if not (np.isfinite(units).all() and (units > 0).all()):
             return False
-        if min(state.noise) <= 0 or state.observations < 1 or not _positive(precision):
-            return False
-        self._vector[row], self._base[row], self._precision[row] = vector, base, precision
-        self._rows[row] = _Scalars(*state.noise, state.observations, state.shift)
+        vector, precision, base = (part.tolist() for part in parts)
+        self._place(row, base, units.tolist())
+        found = self._rows[row]
+        found.vector, found.precision = vector, precision
+        found.noise = Noise(*state.noise, state.observations, state.shift)
         self._solve(row)
         return True
 
+    def _place(self, row: int, mean: Sequence[float], units: Sequence[float]) -> None:
+        noise, pull = Noise(*self._prior.noise), tuple(map(mul, self._prior.strength, mean))
+        spread = self._scaled(self._covariance0, noise.variance)
+        fresh = _Row(tuple(mean), pull, self._precision0, pull, noise, tuple(mean), spread, tuple(units))
+        self._rows[row : row + 1] = [fresh]
+        self._stale.add(row)
 
-@dataclass(slots=True)
-class _Scalars:
-    """A row's plain numbers: the noise's strength a and total b, the count, the shift statistic."""
+    def _solve(self, row: int) -> None:
+        found = self._rows[row]
+        covariance = inverse(found.precision, self.d)
+        found.weights = times(covariance, found.vector)
+        found.spread = self._scaled(covariance, found.noise.variance)
+        found.posterior = None
+        self._stale.add(row)
 
-    strength: float
-    total: float
-    observations: int = 0
-    shift: float = 0.0
+    def _scaled(self, covariance: Packed, variance: float) -> Packed:
+        return tuple([variance * c for c in twice_off_diagonal(covariance, self.d)])
 
-    @property
-    def noise(self) -> float:
-        return self.total / self.strength
-
-    def learn(self, square: float, keep: float, start: tuple[float, float]) -> None:
-        self.strength = keep * self.strength + (1 - keep) * start[0] + 1.0
-        self.total = keep * self.total + (1 - keep) * start[1] + square
-        self.observations += 1
-
-    def shifted(self, standardised: float) -> bool:
-        """One more residual; True when they have stayed on one side for too long."""
-        step = min(max(standardised, -_SHIFT_CLIP_SD), _SHIFT_CLIP_SD)
-        self.shift = _SHIFT_MEMORY * self.shift + (1 - _SHIFT_MEMORY) * step
-        if abs(self.shift) <= _SHIFT_LIMIT:
-            return False
-        self.shift = 0.0
-        return True
+    def _refresh(self) -> None:
+        """Rows that changed since the columns were read last."""
+        missing = len(self._rows) - self._columns.shape[1]
+        if missing > 0:
+            blank = np.zeros((len(self._columns), missing + len(self._rows) // 2))
+            self._columns = np.concatenate([self._columns, blank], axis=1)
+        for row in self._stale:
+            of = self.of(row)
+            self._columns[:, row] = (*of.weights, *of.spread, *(of.units or (0.0,) * self.d), of.noise)
+        self._stale.clear()
 
 
-class LogLearner:
-    """A positive quantity whose logarithm is linear in the features: multiplicative effects and noise."""
+def _posterior(row: _Row, d: int) -> Posterior[float]:
+    units = row.units
+    if not units:
+        return Posterior(row.weights, row.spread, (), row.noise.variance)
+    spread = tuple(map(mul, row.spread, outer(units)))
+    return Posterior(tuple(map(mul, row.weights, units)), spread, units, row.noise.variance)
+
+
+def sane(z: Sequence[float]) -> bool:
+    """Finite, and small enough for their squares to be multiplied."""
+    return max(z) < _ABSURD_FEATURE and min(z) > -_ABSURD_FEATURE and math.isfinite(sum(z))
+
+
+class Learner:
+    """One bank, a row for each model: the base of the estimators, which say what their features are."""
 
     def __init__(self, prior: Prior, forgetting: float = 0.98) -> None:
-        self.bank = Bank(prior, forgetting)
+        self._bank = Bank(prior, forgetting)
 
-    def predict_log(self, rows: Rows, x: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation of the logarithm."""
-        mean, spread, noise = self.bank.predict(rows, x)
-        return mean, np.sqrt(spread + noise)
+    def of(self, row: int) -> Posterior[float]:
+        return self._bank.of(row)
 
-    def predict(self, rows: Rows, x: Array) -> tuple[Array, Array]:
-        """Mean and standard deviation of the quantity itself (a lognormal's)."""
-        mu, sigma = self.predict_log(rows, x)
-        variance = np.minimum(sigma * sigma, _LOG_VARIANCE_CAP)
-        mean = np.exp(np.maximum(np.minimum(mu + variance / 2, 30.0), -30.0))
-        return mean, mean * np.sqrt(np.expm1(variance))
-
-    def predict_one(self, row: int, x: Sequence[float]) -> Belief:
-        return _belief(self.predict(np.asarray([row]), np.asarray([x], np.float64)))
-
-    def learn_one(self, row: int, x: Sequence[float], y: float) -> bool:
-        """False when y is not a positive finite number."""
-        if not 0.0 < y < float("inf"):
-            return False
-        return self.bank.learn_one(row, np.asarray(x, np.float64), math.log(y))
+    def over(self, rows: Rows) -> Posterior[Array]:
+        return self._bank.over(rows)
 
     def state(self, row: int) -> RowState | None:
-        return self.bank.state(row)
+        """None while the row still holds its prior."""
+        return self._bank.state(row)
 
     def restore(self, row: int, state: RowState) -> bool:
-        return self.bank.restore(row, state)
+        """False, and the row as it was, when the state does not fit."""
+        return self._bank.restore(row, state)
 
 
-class RelativeLearner:
+class LogLearner(Learner):
+    """A positive quantity whose logarithm is linear in the features: multiplicative effects and noise."""
+
+    def _learn(self, row: int, z: Sequence[float], y: float) -> bool:
+        """False when y is not a positive finite number."""
+        return 0.0 < y < math.inf and self._bank.learn_one(row, z, math.log(y))
+
+
+class RelativeLearner(Learner):
     """A non-negative sum of parts, y = sum_i x_i unit_i w_i, whose noise grows with y.
 
     `unit` carries the prior in natural units (seconds a token, joules a token), so every weight w_i starts
@@ -277,72 +242,40 @@ class RelativeLearner:
     expected size: weighted least squares for a constant relative error.
     """
 
-    def __init__(self, prior: Prior, forgetting: float = 0.98) -> None:
-        self.bank = Bank(prior, forgetting)
-        self.unit: Array = np.ones((0, self.bank.d))
-
-    def grow(self, rows: int) -> None:
-        self.bank.grow(rows)
-        extra = self.bank.rows - len(self.unit)
-        if extra:
-            self.unit = np.concatenate([self.unit, np.ones((extra, self.bank.d))])
-
-    def reset(self, row: int, unit: Sequence[float]) -> None:
-        """Back to the prior, with the row's own units (all positive)."""
-        self.bank.reset(row)
-        self.unit[row] = unit
-
-    def predict(self, rows: Rows, x: Array) -> tuple[Array, Array]:
-        scaled = x * self.unit.take(rows, axis=0)
-        mean, spread, noise = self.bank.predict(rows, scaled)
-        mean = np.maximum(mean, np.maximum(_FLOOR * np.add.reduce(scaled, axis=1), 1e-12))
-        return mean, np.sqrt(spread + noise * mean * mean)
-
-    def predict_one(self, row: int, x: Sequence[float]) -> Belief:
-        return _belief(self.predict(np.asarray([row]), np.asarray([x], np.float64)))
-
-    def learn_one(self, row: int, x: Sequence[float], y: float) -> bool:
+    def _learn(self, row: int, x: Sequence[float], y: float) -> bool:
         """False when y is negative or not finite, or the features are all zero."""
-        scaled = np.asarray(x, np.float64) * self.unit[row]
-        whole = float(np.add.reduce(scaled))
+        scaled = list(map(mul, x, self._bank.units(row)))
+        whole = sum(scaled)
         if not 0.0 <= y < math.inf or not 0.0 < whole < math.inf:
             return False
-        mean = float(scaled.dot(self.bank.coefficients[row]))
+        mean = dot(self._bank.weights(row), scaled)
         size = max(mean, _FLOOR * whole, 0.5 * y, 1e-12)
-        return self.bank.learn_one(row, scaled / size, y / size)
-
-    def state(self, row: int) -> RowState | None:
-        state = self.bank.state(row)
-        return None if state is None else msgspec.structs.replace(state, unit=self.unit[row].tobytes())
-
-    def restore(self, row: int, state: RowState) -> bool:
-        unit = np.frombuffer(state.unit) if len(state.unit) == 8 * self.bank.d else None
-        if unit is None or not (np.isfinite(unit).all() and (unit > 0).all()):
-            return False
-        if not self.bank.restore(row, state):
-            return False
-        self.unit[row] = unit
-        return True
+        return self._bank.learn_one(row, [v / size for v in scaled], y / size)
 
 
-def _belief(pair: tuple[Array, Array]) -> Belief:
-    return Belief(mean=float(pair[0][0]), sd=float(pair[1][0]))
+def log_moments(of: Posterior[N], z: Sequence[N]) -> Pair[N]:
+    """Mean and variance of a logarithm."""
+    return dot(of.weights, z), form(of.spread, z) + of.noise
 
 
-def extended(array: NDArray[_T], extra: int) -> NDArray[_T]:
-    """Rows of zeros put at the end."""
-    return np.concatenate([array, np.zeros((extra, *array.shape[1:]), array.dtype)])
+def lognormal(m: Maths[N], of: Posterior[N], z: Sequence[N]) -> Pair[N]:
+    """Mean and standard deviation of a quantity whose logarithm is linear in z."""
+    mu, variance = log_moments(of, z)
+    variance = m.smaller(variance, _LOG_VARIANCE_CAP)
+    mean = m.exp(m.larger(m.smaller(mu + variance / 2, 30.0), -30.0))
+    return mean, mean * m.sqrt(m.expm1(variance))
 
 
-def _symmetric(triangle: Array, d: int) -> Array:
-    matrix = np.zeros((d, d))
-    matrix[np.triu_indices(d)] = triangle
-    return matrix + np.triu(matrix, 1).T
+def relative_mean(m: Maths[N], of: Posterior[N], x: Sequence[N]) -> N:
+    """Mean of a non-negative sum of parts, in natural units."""
+    return m.larger(m.larger(dot(of.weights, x), _FLOOR * dot(of.units, x)), 1e-12)
 
 
-def _positive(matrix: Array) -> bool:
-    try:
-        np.linalg.cholesky(matrix)
-    except np.linalg.LinAlgError:
-        return False
-    return True
+def relative(m: Maths[N], of: Posterior[N], x: Sequence[N]) -> Pair[N]:
+    """Mean and standard deviation of it."""
+    mean = relative_mean(m, of, x)
+    return mean, m.sqrt(form(of.spread, x) + of.noise * mean * mean)
+
+
+def belief(pair: Pair[float]) -> Belief:
+    return Belief(mean=pair[0], sd=pair[1])

@@ -6,7 +6,11 @@ for each turn: the chat template's own tokens.
 
 from __future__ import annotations
 
-from calm.analyze.regression import Array, Prior, RelativeLearner, Rows, RowState
+from collections.abc import Sequence
+
+from calm.analyze.evidence import Prior
+from calm.analyze.maths import ONE, Maths, N
+from calm.analyze.regression import Posterior, RelativeLearner, belief, relative, relative_mean
 from calm.records import Belief, Features
 
 TEMPLATE_TOKENS_PER_TURN = 10.0
@@ -21,30 +25,24 @@ def case(features: Features) -> Case:
     return float(max(1, features.turns)), features.prompt_tokens
 
 
-class TokenCounter:
+class TokenCounter(RelativeLearner):
     """tokens = template * turns + factor * estimate."""
 
     name = "prompt_tokens"
 
     def __init__(self) -> None:
-        self._learner = RelativeLearner(_PRIOR)
+        super().__init__(_PRIOR)
 
     def add(self, row: int) -> None:
-        self._learner.grow(row + 1)
-        self._learner.reset(row, (TEMPLATE_TOKENS_PER_TURN, 1.0))
-
-    def predict(self, rows: Rows, x: Array) -> tuple[Array, Array]:
-        """Features (m, 2) as in `Case`; mean and sd in tokens."""
-        return self._learner.predict(rows, x)
+        self._bank.reset(row, units=(TEMPLATE_TOKENS_PER_TURN, 1.0))
 
     def predict_one(self, row: int, x: Case) -> Belief:
-        return self._learner.predict_one(row, x)
+        return belief(relative(ONE, self.of(row), x))
 
     def learn_one(self, row: int, x: Case, tokens: float) -> bool:
-        return tokens >= 1 and self._learner.learn_one(row, x, tokens)
+        return tokens >= 1 and self._learn(row, x, tokens)
 
-    def state(self, row: int) -> RowState | None:
-        return self._learner.state(row)
 
-    def restore(self, row: int, state: RowState) -> bool:
-        return self._learner.restore(row, state)
+def expected(m: Maths[N], of: Posterior[N], x: Sequence[N]) -> N:
+    """Tokens, for features as in `Case`."""
+    return relative_mean(m, of, x)

@@ -87,6 +87,7 @@ def enqueue(state: State, ticket: int, model: str, e: Want | AdminLoad) -> Waite
         sends=want is not None,
     )
     queue.add(waiter)
+    state.entries[model].dormant = False
     state.dirty.add(model)
     return waiter
 

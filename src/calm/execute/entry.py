@@ -16,6 +16,7 @@ class Entry:
         "asked",
         "card",
         "charge",
+        "dormant",
         "estimate_bytes",
         "failures",
         "last_used_s",
@@ -55,6 +56,8 @@ class Entry:
         """The operator asked for the load that runs."""
         self.preloading = False
         """The planner asked for the load that runs."""
+        self.dormant = False
+        """Unloaded by the operator or for idleness: stays cold until someone asks, whatever is forecast."""
         self.leaving = False
         """No more grants: unload as soon as the last lease is back."""
         self.removed = False

@@ -29,5 +29,6 @@ def _age(state: State, entry: Entry, at_s: float) -> None:
     if limits.idle_unload_s is None or entry.leases or entry.pinned or state.queue.count(entry.name):
         return
     last_s = max(entry.ready_at_s, entry.last_used_s or entry.ready_at_s)
-    if at_s - last_s >= limits.idle_unload_s and not state.preferred(entry.name):
+    if at_s - last_s >= limits.idle_unload_s:
+        entry.dormant = True
         state.start_unload(entry, at_s, f"unused for {at_s - last_s:.0f} s")

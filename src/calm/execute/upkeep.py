@@ -38,6 +38,7 @@ def recheck(state: State, at_s: float) -> None:
 def wish_pinned(state: State, entry: Entry) -> None:
     """A pinned model that is cold is loaded as soon as there is room."""
     if entry.pinned and entry.residency == "cold" and not state.closing:
+        entry.dormant = False
         others = [name for name in state.wishes if name != entry.name]
         state.wishes = [entry.name, *others]
 
