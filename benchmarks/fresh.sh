@@ -78,11 +78,13 @@ offline() {
 
 # A network namespace with nothing but loopback; `net` is then the prefix that enters it.
 isolate() {
-  local up='import fcntl, socket, struct
-fcntl.ioctl(socket.socket(type=socket.SOCK_DGRAM), 0x8914, struct.pack("16sh", b"lo", 0x41))'
+  local hold='import fcntl, pathlib, socket, struct, sys, time
+fcntl.ioctl(socket.socket(type=socket.SOCK_DGRAM), 0x8914, struct.pack("16sh", b"lo", 0x41))  # up
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(3600)'
   isolation="proxies and indexes point to a closed port"
   unshare --net --map-root-user true 2>/dev/null || return 0
-  unshare --net --map-root-user sh -c 'python3 -c "$1" && touch "$2" && exec sleep 3600' - "$up" "$root/up" &
+  unshare --net --map-root-user python3 -c "$hold" "$root/up" &
   namespace=$!
   for _ in $(seq 100); do
     [ -e "$root/up" ] && break

@@ -133,7 +133,10 @@ def server(args: argparse.Namespace, root: Path) -> Iterator[Server]:
     with (root / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment(os.environ, root), stdout=log, stderr=log)
         try:
-            wait_ready(f"http://127.0.0.1:{port}/readyz", process, READY_S)
+            try:
+                wait_ready(f"http://127.0.0.1:{port}/readyz", process, READY_S)
+            except SystemExit as error:
+                raise SystemExit(f"{last_lines(root / 'server.log')}\n{error}") from None
             yield Server(process, f"http://127.0.0.1:{port}", root)
         finally:
             if process.poll() is None:

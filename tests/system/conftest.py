@@ -91,14 +91,14 @@ class Server:
         self.state = root / "state"
         self.headers: dict[str, str] = {}
         """Sent with everything `get`, `put` and `post` send; for servers with keys."""
-        self._run_dir = Path(tempfile.mkdtemp(prefix="calm-test-"))  # short: unix socket paths are
+        self.run_dir = Path(tempfile.mkdtemp(prefix="calm-test-"))  # short: unix socket paths are
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("CALM_")},
             "CALM_CACHE_DIR": str(cache_dir()),
             "CALM_STATE_DIR": str(self.state),
             "CALM_FLEET__FETCH": "false",
             "XDG_CONFIG_HOME": str(root / "config"),
-            "XDG_RUNTIME_DIR": str(self._run_dir),
+            "XDG_RUNTIME_DIR": str(self.run_dir),
             **environment,
         }
         self._flags = tuple(flags)
@@ -114,7 +114,12 @@ class Server:
         command = [str(CALM), "serve", "--fleet", str(self.fleet), "--port", "0", *self._flags]
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                command, env=self._environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=self.root
+                command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=self.root,
             )
         if until_ready:
             self.url = eventually("the server's address", self._announced)
@@ -187,7 +192,7 @@ class Server:
             if alive(pid, started_s):
                 os.kill(pid, signal.SIGKILL)
         self._http.close()
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        shutil.rmtree(self.run_dir, ignore_errors=True)
 
     # --- its own API --------------------------------------------------------------------------------
 
@@ -205,7 +210,9 @@ class Server:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def chat(self, prompt: str, model: str = "calm", *, headers: Json | None = None, **body: Any) -> httpx.Response:
+    def chat(
+        self, prompt: str, model: str = "calm", *, headers: Json | None = None, **body: Any
+    ) -> httpx.Response:
         """One whole answer, greedy and short unless told otherwise."""
         fields = {"temperature": 0, "max_tokens": 8, **body}
         messages = [{"role": "user", "content": prompt}]
@@ -264,7 +271,13 @@ class Server:
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
-            **{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": PATIENCE_S, **options}
+            **{
+                "base_url": f"{self.url}/v1",
+                "api_key": "none",
+                "max_retries": 0,
+                "timeout": PATIENCE_S,
+                **options,
+            }
         )
 
 

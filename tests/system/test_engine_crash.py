@@ -9,12 +9,27 @@ from collections.abc import Callable
 
 import httpx
 import openai
+import psutil
 import pytest
 from tests.system.conftest import GEMMA, SMOL, TINY, Json, Server, alive, eventually
 
 pytestmark = pytest.mark.models
 
 STORY = "Tell me a long story about a dog."
+
+
+def recovers(server: Server, model: str) -> str:
+    """What the model answers once it serves again: repeated crashes make it rest, and it says so meanwhile."""
+
+    def answer() -> str | None:
+        response = server.chat("What is the capital of Japan?", model, max_tokens=12)
+        if response.status_code == 503:
+            assert "tried again" in response.json()["error"]["message"], response.text
+            return None
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    return eventually(f"{model} serves again", answer)
 
 
 def test_a_crash_mid_stream_is_an_error_event_and_never_done(server: Server) -> None:
@@ -29,7 +44,7 @@ def test_a_crash_mid_stream_is_an_error_event_and_never_done(server: Server) -> 
     assert rest[-1].startswith('data: {"error"')
     assert "engine_lost" in rest[-1]
     assert not any("[DONE]" in line for line in rest)
-    assert server.chat("Who painted the Mona Lisa?", GEMMA).status_code == 200, "others serve on"
+    assert server.chat("Who painted the Mona Lisa?", TINY, max_tokens=2).status_code == 200, "others serve on"
     record = server.finished(request_id)
     assert record["outcome"]["status"] == "error"
     assert record["outcome"]["model"] == SMOL
@@ -54,11 +69,12 @@ def test_the_openai_client_raises_on_a_crash_mid_stream(server: Server, client: 
     with pytest.raises(openai.APIError, match=SMOL):
         for _ in chunks:
             pass
-    assert server.chat("Hi", SMOL).status_code == 200
+    assert "Tokyo" in recovers(server, SMOL)
 
 
 def test_a_crash_before_the_first_byte_fails_over(server: Server, policy: Callable[..., Json]) -> None:
     """The first choice is frozen with the request in hand, then killed: the next one answers."""
+    assert recovers(server, TINY)
     policy(policy=f"fixed:{TINY}")
     server.idle()
     engine = server.engine(TINY)
@@ -83,7 +99,7 @@ def test_a_crash_before_the_first_byte_fails_over(server: Server, policy: Callab
 
 
 def test_a_pinned_request_has_nobody_to_fail_over_to(server: Server) -> None:
-    server.load(GEMMA)
+    assert recovers(server, GEMMA)
     engine = server.engine(GEMMA)
     os.kill(engine.pid, signal.SIGSTOP)
     answers: list[httpx.Response] = []
@@ -97,32 +113,27 @@ def test_a_pinned_request_has_nobody_to_fail_over_to(server: Server) -> None:
     assert answers, "the request hangs"
     assert answers[0].status_code == 503
     assert answers[0].json()["error"]["code"] == "engine_lost"
-    assert server.chat("Hi", GEMMA).status_code == 200
+    assert recovers(server, GEMMA)
 
 
 def test_a_crash_of_an_idle_engine_is_noticed(server: Server) -> None:
-    server.load(GEMMA)
+    assert recovers(server, GEMMA)
     engine = server.engine(GEMMA)
     os.kill(engine.pid, signal.SIGKILL)
-    eventually("its end noticed or made good", lambda: server.engines().get(GEMMA, engine).pid != engine.pid or (
-        server.model(GEMMA)["residency"] != "ready"
-    ))
-    assert server.chat("What is the capital of France?", GEMMA).status_code == 200
+    eventually("the crash on record", lambda: server.model(GEMMA)["failures"] > 0)
+    assert recovers(server, GEMMA)
+    assert server.engine(GEMMA).pid != engine.pid
 
 
 def test_a_killed_guard_takes_its_engine_along(server: Server) -> None:
     """The process that watches over an engine is not a way to lose track of it."""
-    import psutil
-
-    server.load(SMOL)
+    assert recovers(server, SMOL)
     engine = psutil.Process(server.engine(SMOL).pid)
     pid, started_s = engine.pid, engine.create_time()
     guard = engine.parent()
     assert guard is not None
     assert guard.pid != server.process.pid
     guard.kill()
-    answer = server.chat("What is the capital of Japan?", SMOL, max_tokens=12)
-    assert answer.status_code in (200, 503)
-    eventually("the old engine gone", lambda: not alive(pid, started_s))
-    assert server.chat("What is the capital of Japan?", SMOL, max_tokens=12).status_code == 200
+    eventually("the engine gone with its guard", lambda: not alive(pid, started_s))
+    assert "Tokyo" in recovers(server, SMOL)
     assert server.engine(SMOL).pid != pid

@@ -17,7 +17,10 @@ ASKED: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Who pain
 COUNT: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Tell me a story about a dog."}]
 SCHEMA = {
     "type": "object",
-    "properties": {"painter": {"type": "string", "maxLength": 30}, "year": {"type": "integer", "maximum": 3000}},
+    "properties": {
+        "painter": {"type": "string", "maxLength": 30},
+        "year": {"type": "integer", "maximum": 3000},
+    },
     "required": ["painter", "year"],
     "additionalProperties": False,
 }
@@ -129,7 +132,9 @@ def test_stream_says_the_same_as_the_whole_answer(client: openai.OpenAI) -> None
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
     assert {chunk.model for chunk in chunks} == {GEMMA}
     assert all(chunk.usage is None for chunk in chunks), "usage nobody asked for"
-    assert all(chunk.choices for chunk in chunks), "a chunk without choices breaks clients that asked for none"
+    assert all(chunk.choices for chunk in chunks), (
+        "a chunk without choices breaks clients that asked for none"
+    )
 
 
 def test_stream_with_usage(client: openai.OpenAI) -> None:
@@ -218,10 +223,15 @@ def test_tools_reach_a_model_whose_card_declares_them(launch: Launch) -> None:
     server = launch(SMOL, start=False)
     card = server.fleet / f"{SMOL}.toml"
     text = card.read_text(encoding="utf-8").replace("[chat]\n", "[chat]\n" + TOOL_TEMPLATE.lstrip(), 1)
-    lines = [f'{line.split("]")[0]}, "tools"]' if line.startswith("capabilities") else line for line in text.split("\n")]
+    lines = [
+        f'{line.split("]")[0]}, "tools"]' if line.startswith("capabilities") else line
+        for line in text.split("\n")
+    ]
     card.write_text("\n".join(lines), encoding="utf-8")
     server.start()
-    question: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    question: list[ChatCompletionMessageParam] = [
+        {"role": "user", "content": "What is the weather in Paris?"}
+    ]
     with server.openai() as client:
         plain = client.chat.completions.create(model=SMOL, messages=question, temperature=0, max_tokens=4)
         armed = client.chat.completions.create(

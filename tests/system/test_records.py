@@ -140,7 +140,12 @@ def test_policies_change_while_running(server: Server, policy: Callable[..., Jso
 
 def test_a_wrong_policy_changes_nothing(server: Server) -> None:
     before = server.get("/calm/v1/policy")
-    for change in ({"policy": "magic"}, {"policy": "fixed:nobody"}, {"goal": "peace"}, {"weights": {"luck": 1}}):
+    for change in (
+        {"policy": "magic"},
+        {"policy": "fixed:nobody"},
+        {"goal": "peace"},
+        {"weights": {"luck": 1}},
+    ):
         refused = server.request("PUT", "/calm/v1/policy", json=change)
         assert refused.status_code in (400, 404), f"{change}: {refused.text}"
     assert server.get("/calm/v1/policy") == before

@@ -243,7 +243,10 @@ def test_a_wrong_wish_in_a_header_is_named(server: Server, header: str, value: s
 def test_an_unknown_allowed_model_leaves_nobody(server: Server) -> None:
     response = server.chat(PROMPT, calm={"allowed_models": ["nobody"]})
     assert response.status_code in (404, 422)
-    assert "nobody" in response.json()["error"]["message"] or "allowed_models" in response.json()["error"]["message"]
+    assert (
+        "nobody" in response.json()["error"]["message"]
+        or "allowed_models" in response.json()["error"]["message"]
+    )
 
 
 def test_policy_fixture_restores(server: Server, policy: Callable[..., Json]) -> None:

@@ -9,7 +9,7 @@ import hashlib
 
 import msgspec
 
-from calm.analyze.regression import RowState
+from calm.analyze.evidence import RowState
 
 MAGIC = b"CALMest1"
 

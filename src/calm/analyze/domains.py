@@ -9,6 +9,7 @@ an operator invents works by its own name: `veterinary` needs no entry here, an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -103,6 +104,7 @@ ALIASES: dict[str, str] = {
 
 _TEMPERATURE = 0.04
 _FAVOUR = 0.08  # in cosine: 78 % of in-domain questions right for 20 % of the others captured
+_FAVOURED_ODDS = math.exp(_FAVOUR / _TEMPERATURE)
 
 
 def canonical(domain: str) -> str:
@@ -123,7 +125,7 @@ class DomainSpace:
         self.names: tuple[str, ...] = ()
         self._rows: NDArray[np.float32] = np.zeros((0, embedder.dimensions), np.float32)
         self._starts: NDArray[np.intp] = np.zeros(0, np.intp)
-        self._favours: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._odds: NDArray[np.float32] = np.zeros(0, np.float32)
         self._extend(DESCRIPTORS)
         self.favour(fleet)
 
@@ -133,7 +135,7 @@ class DomainSpace:
         self._extend(names)
         for name in names:
             if name and name != GENERAL:
-                self._favours[self.names.index(name)] = _FAVOUR
+                self._odds[self.names.index(name)] = _FAVOURED_ODDS
 
     def _extend(self, domains: Iterable[str]) -> None:
         new = [name for name in dict.fromkeys(domains) if name and name not in self.names]
@@ -144,25 +146,23 @@ class DomainSpace:
         vectors = [self._embedder.embed(text) for group in texts for text in group]
         self._rows = np.concatenate([self._rows, np.asarray(vectors, np.float32)])
         self._starts = np.concatenate([self._starts, starts])
-        self._favours = np.concatenate([self._favours, np.zeros(len(new), np.float32)])
+        self._odds = np.concatenate([self._odds, np.ones(len(new), np.float32)])
         self.names += tuple(new)
 
-    def similarities(self, query: Vector) -> NDArray[np.float32]:
-        """Cosine with the best descriptor of each domain, in the order of `names`."""
-        return np.asarray(np.maximum.reduceat(self._rows @ query, self._starts), np.float32)
+    def read(self, query: Vector) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(posterior, coordinates) of a question, each summing to 1.
+
+        The posterior is over all `names`, favours included. The coordinates are over the table's domains
+        alone, without favours: the same whatever the fleet is.
+        """
+        nearest = np.maximum.reduceat(self._rows.dot(query), self._starts)
+        weights = np.exp((nearest - nearest.max()) / _TEMPERATURE)
+        table, favoured = weights[: len(DESCRIPTORS)], weights * self._odds
+        return favoured / np.add.reduce(favoured), table / np.add.reduce(table)
 
     def posterior(self, query: Vector) -> NDArray[np.float32]:
-        """Probability of each domain, summing to 1."""
-        return softmax((self.similarities(query) + self._favours) / _TEMPERATURE)
-
-    def coordinates(self, query: Vector) -> NDArray[np.float32]:
-        """Probability over the table's domains alone, without favours: the same whatever the fleet is."""
-        return softmax(self.similarities(query)[: len(DESCRIPTORS)] / _TEMPERATURE)
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.sum(), np.float32)
+        """Probability of each domain, in the order of `names`."""
+        return self.read(query)[0]
 
 
 class Verbosity:
@@ -184,9 +184,9 @@ class Verbosity:
     _SCALE = 5.0
 
     def __init__(self, embedder: Embedder) -> None:
-        self._long = np.asarray([embedder.embed(text) for text in self._LONG])
-        self._short = np.asarray([embedder.embed(text) for text in self._SHORT])
+        self._rows = np.asarray([embedder.embed(text) for text in (*self._LONG, *self._SHORT)])
 
     def __call__(self, query: Vector) -> float:
-        lead = float((self._long @ query).max() - (self._short @ query).max())
-        return min(1.0, max(-1.0, self._SCALE * (lead - self._CENTRE)))
+        nearest, split = self._rows.dot(query).tolist(), len(self._LONG)
+        lead = max(nearest[:split]) - max(nearest[split:])
+        return float(min(1.0, max(-1.0, self._SCALE * (lead - self._CENTRE))))

@@ -123,7 +123,7 @@ def prefill_s(m: Maths[N], of: Posterior[N], uncached: N, concurrency: N, thread
     return relative(m, of, _prefill_features(uncached, concurrency, threads))
 
 
-def _prefill_features(uncached: N, concurrency: N, threads: N) -> tuple[N, N, N]:
+def _prefill_features(uncached: N, concurrency: N, threads: N) -> tuple[float, N, N]:
     work = uncached * threads**-PREFILL_THREAD_EXPONENT
     return 1.0, work, work * (concurrency - 1.0)
 

@@ -73,7 +73,7 @@ class LengthPredictor(LogLearner):
         return self._learn(row, x, math.exp(min(longer, 20.0)))
 
 
-def output_tokens(m: Maths[N], of: Posterior[N], x: Sequence[N], cap: N) -> Pair[N]:
+def output_tokens(m: Maths[N], of: Posterior[N], x: Sequence[N | float], cap: N) -> Pair[N]:
     """Mean and sd of min(length, cap) for features as in `Case`; the cap is inf where there is none."""
     mu, variance = log_moments(of, x)
     return capped_lognormal(m, mu, m.smaller(m.sqrt(variance), _WIDEST), cap)

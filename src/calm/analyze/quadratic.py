@@ -20,14 +20,14 @@ from calm.analyze.maths import Array, N, Rows
 Packed = tuple[float, ...]
 
 
-def dot(a: Sequence[N], b: Sequence[N]) -> N:
+def dot(a: Sequence[N], b: Sequence[N | float]) -> N:
     """Sum of the products."""
     if len(a) == 3:
         return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
     return cast(N, sum(map(mul, a, b)))
 
 
-def form(doubled: Sequence[N], z: Sequence[N]) -> N:
+def form(doubled: Sequence[N], z: Sequence[N | float]) -> N:
     """z' S z of a packed matrix whose off-diagonal entries are doubled."""
     if len(z) == 3:
         x, y, w = z
@@ -36,7 +36,7 @@ def form(doubled: Sequence[N], z: Sequence[N]) -> N:
     return dot(doubled, outer(z))
 
 
-def outer(z: Sequence[N]) -> list[N]:
+def outer(z: Sequence[N | float]) -> list[N]:
     """z z', packed."""
     return list(starmap(mul, combinations_with_replacement(z, 2)))
 
@@ -111,4 +111,4 @@ def _square(d: int) -> Rows:
 
 @cache
 def _weights(d: int) -> Packed:
-    return packed(2.0 - np.eye(d))
+    return packed(2.0 - np.eye(d, dtype=np.float64))

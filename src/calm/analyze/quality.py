@@ -12,13 +12,17 @@ orthonormal projection of the embedding for what no domain names (Johnson and Li
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calm.analyze.domains import DESCRIPTORS, GENERAL, DomainSpace, canonical
-from calm.analyze.regression import Array, Bank, Prior, Rows, RowState
+from calm.analyze.evidence import Prior, RowState
+from calm.analyze.maths import Array, Rows
+from calm.analyze.wide import WideBank
 from calm.ports import Embedder
 from calm.records import Belief, ModelCard, Vector
 
@@ -38,8 +42,17 @@ _PRIOR = Prior(
     strength=(2.0, *(1000.0,) * (DIMENSIONS - 1)),
     noise_sd=0.3,
 )
-Case = NDArray[np.float64]
-"""(64,): what `Quality.case` makes of an embedding."""
+_UNRATED_SD = math.sqrt(_PRIOR.noise_sd**2 / _PRIOR.strength[0])
+_FEATURE_VARIANCE = _PRIOR.noise_sd**2 / _PRIOR.strength[1]
+
+
+class Topic(NamedTuple):
+    """What a question is about, worked out once for the whole fleet."""
+
+    claims: NDArray[np.float32]
+    """(domains + dimensions): its domains' probabilities, then its embedding."""
+    features: NDArray[np.float32]
+    """(63,): the regression's features but the constant."""
 
 
 class Quality:
@@ -49,7 +62,7 @@ class Quality:
 
     def __init__(self, embedder: Embedder | None) -> None:
         self._embedder = embedder
-        self._bank = Bank(_PRIOR, _FORGETTING, np.float32)
+        self._bank = WideBank(_PRIOR, _FORGETTING)
         self._rated: dict[int, int] = {}
         self._slots: list[int] = []
         self._domains = None if embedder is None else DomainSpace(embedder)
@@ -59,9 +72,9 @@ class Quality:
         dimensions = 0 if embedder is None else embedder.dimensions
         self._described: NDArray[np.float32] = np.zeros((0, dimensions), np.float32)
         self._present: set[int] = set()
-        self._centre: NDArray[np.float32] = np.zeros(dimensions, np.float32)
+        self._beliefs: NDArray[np.float32] = np.zeros((0, width + dimensions), np.float32)
         self._stale = True
-        self._basis = _projection(dimensions)
+        self._basis = np.ascontiguousarray(_projection(dimensions).T)
 
     @property
     def fingerprint(self) -> str:
@@ -95,36 +108,40 @@ class Quality:
             self._bank.reset(slot)
             self._slots.append(slot)
 
-    def case(self, embedding: Vector | None) -> Case:
-        """Features of a question. Without an embedding only the constant: then a model's mean is learned."""
-        z = np.zeros(DIMENSIONS)
-        z[0] = 1.0
-        if embedding is not None and self._domains is not None:
-            z[1 : 1 + _NAMED] = _DOMAIN_SCALE * self._domains.coordinates(embedding)
-            z[1 + _NAMED :] = _FREE_SCALE * (embedding @ self._basis)
-        return z
-
-    def prior(self, rows: Rows, embedding: Vector | None) -> Array:
-        """The cards' belief about a question, (m,)."""
+    def topic(self, embedding: Vector | None) -> Topic | None:
+        """None without an embedding: then only the models' means tell them apart."""
         if embedding is None or self._domains is None:
-            return self._default[rows]
-        mean = self._table.take(rows, axis=0) @ self._domains.posterior(embedding)
-        fit = self._described.take(rows, axis=0) @ embedding
-        return np.asarray(mean + DESCRIPTION_BONUS * (fit - float(self._middle() @ embedding)))
+            return None
+        posterior, coordinates = self._domains.read(embedding)
+        features = np.concatenate([_DOMAIN_SCALE * coordinates, _FREE_SCALE * self._basis.dot(embedding)])
+        return Topic(np.concatenate([posterior, embedding]), features)
 
-    def predict(self, rows: Rows, embedding: Vector | None, case: Case | None = None) -> tuple[Array, Array]:
+    def prior(self, rows: Rows, topic: Topic | None) -> Array:
+        """The cards' belief about a question, (m,)."""
+        if topic is None:
+            return self._default[rows]
+        if self._stale:
+            self._believe()
+        return self._beliefs.take(rows, axis=0).dot(topic.claims).astype(np.float64)
+
+    def predict(self, rows: Rows, embedding: Vector | None) -> tuple[Array, Array]:
         """Mean and sd, (m,). The sd is of the mean alone, not of single ratings: it shrinks with every
         rating near this question, which is what exploration needs."""
-        z = self.case(embedding) if case is None else case
-        mean = self.prior(rows, embedding)
-        sd = np.full(len(rows), _unrated_sd(z))
+        topic = self.topic(embedding)
+        mean = self.prior(rows, topic)
+        sd = np.full(len(rows), unrated_sd(topic))
+        if self._rated:
+            self._correct(rows, topic, mean, sd)
+        return np.minimum(np.maximum(mean, 0.0), 1.0), sd
+
+    def _correct(self, rows: Rows, topic: Topic | None, mean: Array, sd: Array) -> None:
+        """What ratings taught, in place."""
         rated = [(index, self._rated[row]) for index, row in enumerate(rows.tolist()) if row in self._rated]
         if rated:
             where, slots = np.asarray(rated, np.intp).T
-            learned, spread = self._batch(slots, z)
+            learned, variance = self._bank.predict_same(slots, features_of(topic))
             mean[where] += learned
-            sd[where] = spread
-        return np.minimum(np.maximum(mean, 0.0), 1.0), sd
+            sd[where] = np.sqrt(variance)
 
     def predict_one(self, row: int, embedding: Vector | None) -> Belief:
         mean, sd = self.predict(np.asarray([row]), embedding)
@@ -139,8 +156,9 @@ class Quality:
         """One rating, 0..1. False when out of range."""
         if not 0.0 <= quality <= 1.0:
             return False
-        prior = float(self.prior(np.asarray([row]), embedding)[0])
-        return self._bank.learn_one(self._slot(row), self.case(embedding), quality - prior)
+        topic = self.topic(embedding)
+        prior = float(self.prior(np.asarray([row]), topic)[0])
+        return self._bank.learn_one(self._slot(row), features_of(topic), quality - prior)
 
     def state(self, row: int) -> RowState | None:
         slot = self._rated.get(row)
@@ -156,17 +174,13 @@ class Quality:
         posterior = self._domains.posterior(embedding)
         return [(self._domains.names[i], float(posterior[i])) for i in posterior.argsort()[::-1][:most]]
 
-    def _middle(self) -> NDArray[np.float32]:
-        """The mean description: fitting it better than the fleet does is what earns the bonus."""
-        if self._stale:
-            rows = sorted(self._present)
-            self._centre = self._described[rows].mean(axis=0) if rows else np.zeros_like(self._centre)
-            self._stale = False
-        return self._centre
-
-    def _batch(self, slots: NDArray[np.intp], z: Case) -> tuple[Array, Array]:
-        mean, variance = self._bank.predict_same(slots, z)
-        return mean, np.sqrt(variance)
+    def _believe(self) -> None:
+        """Cards as rows to multiply a topic's claims with. Fitting the question better than the mean
+        description of the fleet does is what earns the bonus."""
+        present = sorted(self._present)
+        fit = self._described - (self._described[present].mean(axis=0) if present else 0.0)
+        self._beliefs = np.concatenate([self._table, DESCRIPTION_BONUS * fit], axis=1, dtype=np.float32)
+        self._stale = False
 
     def _slot(self, row: int) -> int:
         """Covariances are held only for models somebody rated: a row gets one with its first rating."""
@@ -218,6 +232,17 @@ def _projection(dimensions: int) -> NDArray[np.float32]:
     return np.asarray(padded, np.float32)
 
 
-def _unrated_sd(z: Case) -> float:
+def features_of(topic: Topic | None) -> Array:
+    """(64,): a constant, then the topic's. Without one only the constant: then a model's mean is learned."""
+    z = np.zeros(DIMENSIONS)
+    z[0] = 1.0
+    if topic is not None:
+        z[1:] = topic.features
+    return z
+
+
+def unrated_sd(topic: Topic | None) -> float:
     """The prior's standard deviation at a question."""
-    return float(_PRIOR.noise_sd * np.sqrt(np.sum(z * z / np.asarray(_PRIOR.strength))))
+    if topic is None:
+        return _UNRATED_SD
+    return math.sqrt(_UNRATED_SD**2 + _FEATURE_VARIANCE * float(topic.features.dot(topic.features)))

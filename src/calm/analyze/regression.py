@@ -253,12 +253,12 @@ class RelativeLearner(Learner):
         return self._bank.learn_one(row, [v / size for v in scaled], y / size)
 
 
-def log_moments(of: Posterior[N], z: Sequence[N]) -> Pair[N]:
+def log_moments(of: Posterior[N], z: Sequence[N | float]) -> Pair[N]:
     """Mean and variance of a logarithm."""
     return dot(of.weights, z), form(of.spread, z) + of.noise
 
 
-def lognormal(m: Maths[N], of: Posterior[N], z: Sequence[N]) -> Pair[N]:
+def lognormal(m: Maths[N], of: Posterior[N], z: Sequence[N | float]) -> Pair[N]:
     """Mean and standard deviation of a quantity whose logarithm is linear in z."""
     mu, variance = log_moments(of, z)
     variance = m.smaller(variance, _LOG_VARIANCE_CAP)
@@ -266,12 +266,12 @@ def lognormal(m: Maths[N], of: Posterior[N], z: Sequence[N]) -> Pair[N]:
     return mean, mean * m.sqrt(m.expm1(variance))
 
 
-def relative_mean(m: Maths[N], of: Posterior[N], x: Sequence[N]) -> N:
+def relative_mean(m: Maths[N], of: Posterior[N], x: Sequence[N | float]) -> N:
     """Mean of a non-negative sum of parts, in natural units."""
     return m.larger(m.larger(dot(of.weights, x), _FLOOR * dot(of.units, x)), 1e-12)
 
 
-def relative(m: Maths[N], of: Posterior[N], x: Sequence[N]) -> Pair[N]:
+def relative(m: Maths[N], of: Posterior[N], x: Sequence[N | float]) -> Pair[N]:
     """Mean and standard deviation of it."""
     mean = relative_mean(m, of, x)
     return mean, m.sqrt(form(of.spread, x) + of.noise * mean * mean)
