@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from calm.analyze.analyzer import Analyzer
-from calm.errors import CalmError, Unavailable
+from calm.errors import Unavailable
 from calm.execute.dispatch import Dispatcher, Serving, describe, status_of
 from calm.execute.executor import Executor
 from calm.meters.ledger import EnergyLedger
@@ -119,7 +119,7 @@ class Orchestrator:
         features = extract(ask, parts.embedder, parts.language)
         try:
             decision = self.decide(ask, features)
-        except CalmError as error:
+        except Exception as error:  # also one that nobody foresaw: its record is needed most
             self._reject(ask, features, error)
             raise
         parts.store.record_decision(ask, features, decision)
@@ -188,7 +188,7 @@ class Orchestrator:
         wanted_s = ask.wishes.deadline_s
         return ask.arrived_s + min(wanted_s or self.parts.deadline_s, self.parts.deadline_s)
 
-    def _reject(self, ask: Ask, features: Features, error: CalmError) -> None:
+    def _reject(self, ask: Ask, features: Features, error: Exception) -> None:
         """A request nobody may serve is remembered too: no record is lost."""
         parts = self.parts
         outcome = Outcome(

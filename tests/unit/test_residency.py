@@ -43,9 +43,9 @@ class Story:
         self.said += commands
         return commands
 
-    def want(self, model: str, expected_s: float = 1.0) -> int:
+    def want(self, model: str, expected_s: float = 1.0, deadline_at_s: float | None = None) -> int:
         self.tickets += 1
-        self.feed(ev.Want(self.at_s, self.tickets, f"req-{self.tickets}", model, expected_s))
+        self.feed(ev.Want(self.at_s, self.tickets, f"req-{self.tickets}", model, expected_s, deadline_at_s))
         return self.tickets
 
     def cancel(self, ticket: int) -> list[ev.Command]:
@@ -322,6 +322,18 @@ def test_idle_models_leave_when_the_operator_says_so() -> None:
     s.feed(ev.Pin(s.at_s, "b"))
     assert s.later(29.0) == []
     assert s.later(1.0) == [ev.StartUnload("a")]
+
+
+def test_who_waited_too_long_to_finish_in_time_makes_room_for_who_can() -> None:
+    s = Story(card("a", slots=1))
+    s.resident("a")
+    first = s.want("a")
+    late = s.want("a", expected_s=4.0, deadline_at_s=s.at_s + 6.0)
+    fine = s.want("a", expected_s=4.0, deadline_at_s=s.at_s + 60.0)
+    s.later(5.0)
+    s.release(first)
+    assert "the answer takes about 4.0 s" in str(s.refusal(late))
+    assert s.granted(fine)
 
 
 # --- the planner ----------------------------------------------------------------------------------

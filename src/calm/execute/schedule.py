@@ -91,8 +91,8 @@ def _serve_queue(state: State, this: Round) -> None:
 def _attend(state: State, this: Round, waiter: Waiter) -> bool:
     """True when the waiter left the queue."""
     entry = state.entries[waiter.model]
-    if waiter.expired(this.at_s):
-        state.refuse(waiter.ticket, deadline_passed(waiter.model, this.at_s - waiter.arrived_s))
+    if waiter.hopeless(this.at_s):
+        state.refuse(waiter.ticket, too_late(waiter, this.at_s))
         state.abandon(entry, this.at_s)
         return True
     if entry.serving:
@@ -100,6 +100,16 @@ def _attend(state: State, this: Round, waiter: Waiter) -> bool:
     if entry.residency == "cold" and not this.barred:
         _make_way(state, this, entry, waiter)
     return False
+
+
+def too_late(waiter: Waiter, at_s: float) -> DeadlineExceeded:
+    if waiter.expired(at_s):
+        return deadline_passed(waiter.model, at_s - waiter.arrived_s)
+    left_s = (waiter.deadline_at_s or at_s) - at_s
+    return DeadlineExceeded(
+        f"{waiter.model}: after {at_s - waiter.arrived_s:.1f} s in the queue {left_s:.1f} s are left of the "
+        f"deadline, and the answer takes about {waiter.expected_s:.1f} s"
+    )
 
 
 def deadline_passed(model: str, waited_s: float) -> DeadlineExceeded:

@@ -15,6 +15,8 @@ import msgspec
 from calm.execute.events import Discipline
 
 Key = tuple[float, int]
+HOPELESS_SHARE = 0.6
+"""Expected times are means with a wide spread: at 1 half of those that would just make it were refused."""
 
 
 class Waiter(msgspec.Struct, frozen=True):
@@ -32,6 +34,16 @@ class Waiter(msgspec.Struct, frozen=True):
 
     def expired(self, at_s: float) -> bool:
         return self.deadline_at_s is not None and self.deadline_at_s <= at_s
+
+    def hopeless(self, at_s: float) -> bool:
+        """It has waited so long that less than a good half of its expected service would be done in time.
+
+        Serving it would be waste that makes the next one late in its turn: under overload a queue that does
+        so finishes almost nothing. One that has not waited is not judged: its caller chose the deadline.
+        """
+        if self.deadline_at_s is None or at_s <= self.arrived_s:
+            return self.expired(at_s)
+        return self.deadline_at_s - at_s <= HOPELESS_SHARE * self.expected_s
 
 
 class Queue:
