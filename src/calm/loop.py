@@ -23,7 +23,8 @@ import msgspec
 
 from calm.analyze.analyzer import Analyzer
 from calm.errors import Unavailable
-from calm.execute.dispatch import Dispatcher, Serving, describe, status_of
+from calm.execute.dispatch import Dispatcher, Serving
+from calm.execute.endings import describe, status_of
 from calm.execute.executor import Executor
 from calm.meters.ledger import EnergyLedger
 from calm.monitor.features import extract

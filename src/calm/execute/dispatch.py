@@ -19,7 +19,6 @@ from typing import Protocol
 
 from calm.errors import (
     CalmError,
-    DeadlineExceeded,
     EngineLost,
     ShuttingDown,
     Unavailable,
@@ -27,6 +26,7 @@ from calm.errors import (
     UpstreamRejected,
 )
 from calm.execute.assemble import Assembly
+from calm.execute.endings import Deadline, describe, status_of
 from calm.execute.observe import Observation, error_message
 from calm.execute.sse import SseParser
 from calm.ports import Clock, RunningEngine, Upstream, UpstreamReply
@@ -38,7 +38,6 @@ from calm.records import (
     LeaseRequest,
     ModelCard,
     Outcome,
-    OutcomeStatus,
     Reading,
 )
 
@@ -329,52 +328,12 @@ class Serving:
             return None
         return min(now, self._sent_at_s + self.seen.prefill_s)
 
-    def _deadline(self) -> _Deadline:
+    def _deadline(self) -> Deadline:
         return _Deadline(
             self._deadline_at_s - self._shared.clock.now(), self._deadline_at_s - self.ask.arrived_s
         )
 
 
-class _Deadline:
-    """`asyncio.timeout` that speaks CALM's errors."""
-
-    def __init__(self, left_s: float, whole_s: float) -> None:
-        self._timeout = asyncio.timeout(max(0.0, left_s))
-        self._whole_s = whole_s
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            await self._timeout.__aexit__(kind, error, trace)
-        except TimeoutError:
-            raise DeadlineExceeded(f"the deadline of {self._whole_s:.3g} s passed") from None
-
-
 def streams_upstream(ask: Ask, card: ModelCard) -> bool:
     """Whether the engine is asked for a stream, also where the caller wanted one body (see assemble.py)."""
     return ask.stream or (card.engine.kind == "llamacpp" and ask.kind != "embeddings")
-
-
-def status_of(error: BaseException | None) -> OutcomeStatus:
-    """What an ending means for the record: a client that left is no failure of the model."""
-    if error is None:
-        return "ok"
-    if isinstance(error, DeadlineExceeded):
-        return "timeout"
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return "cancelled"
-    if isinstance(error, CalmError) and error.status in (400, 404, 413, 422, 429):
-        return "rejected"
-    return "error"
-
-
-def describe(error: BaseException | None) -> str | None:
-    if error is None:
-        return None
-    if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return "the client left"
-    return f"{type(error).__name__}: {error}"[:500]

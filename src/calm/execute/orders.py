@@ -96,7 +96,9 @@ def prefer(state: State, plan: PlacementPlan, at_s: float) -> None:
         entry.preloading &= state.preferred(entry.name) or bool(state.value(entry.name))
         state.abandon(entry, at_s)
     pinned = [name for name in state.wishes if state.entries[name].pinned]
-    cold = [n for n in plan.preload if (e := state.entries.get(n)) and e.residency == "cold" and not e.dormant]
+    cold = [
+        n for n in plan.preload if (e := state.entries.get(n)) and e.residency == "cold" and not e.dormant
+    ]
     state.wishes = [*pinned, *(name for name in cold if name not in pinned)]
     if state.wishes:
         run_round(state, at_s, evict_for_wishes=True)
