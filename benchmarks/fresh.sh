@@ -78,13 +78,13 @@ offline() {
 
 # A network namespace with nothing but loopback; `net` is then the prefix that enters it.
 isolate() {
-  local hold='import fcntl, pathlib, socket, struct, sys, time
+  local hold='import fcntl, pathlib, socket, struct, time
 fcntl.ioctl(socket.socket(type=socket.SOCK_DGRAM), 0x8914, struct.pack("16sh", b"lo", 0x41))  # up
-pathlib.Path(sys.argv[1]).touch()
+pathlib.Path("up").touch()
 time.sleep(3600)'
   isolation="proxies and indexes point to a closed port"
   unshare --net --map-root-user true 2>/dev/null || return 0
-  unshare --net --map-root-user python3 -c "$hold" "$root/up" &
+  (cd "$root" && exec unshare --net --map-root-user python3 -c "$hold") &
   namespace=$!
   for _ in $(seq 100); do
     [ -e "$root/up" ] && break
@@ -105,6 +105,7 @@ ask() {
 start() {
   local name=$1 limit_s=$2 environment=$3 log="$root/${1// /-}.log" port began ready answered
   port=$(free_port)
+  : >"$log"
   began=$(now)
   "$environment" setsid "${net[@]}" make -C "$clone" serve "PORT=$port" >"$log" 2>&1 &
   server=$!

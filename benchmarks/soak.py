@@ -203,6 +203,9 @@ async def models_of(clients: Clients) -> dict[str, dict[str, object]]:
 async def calibrate(url: str, args: argparse.Namespace, progress: Progress) -> float:
     """Requests per second that complete in a closed loop of as many clients as there are slots."""
     async with Clients(url, PATIENT_S, hung_after_s=PATIENT_S) as clients:
+        first = await ask_each(clients, ["calm"])
+        if first["calm"] != "complete":
+            raise SystemExit(f"the first request ended as {first['calm']!r}: nothing to measure here")
         return await closed_loop(clients, args, progress)
 
 

@@ -291,7 +291,7 @@ class Belief(Record, frozen=True, kw_only=True, gc=False):
     sd: float
 
 
-class Estimate(Record, frozen=True, kw_only=True):
+class Estimate(Record, frozen=True, kw_only=True, gc=False):
     """What one model is predicted to do with one request. `ttft_s = queue_s + load_s + prefill_s`."""
 
     model: str
@@ -310,7 +310,7 @@ class Estimate(Record, frozen=True, kw_only=True):
     cost_usd: float | None = None
 
 
-class History(Record, frozen=True, kw_only=True):
+class History(Record, frozen=True, kw_only=True, gc=False):
     """Means over a model's last k = 100 observations, None before the first: the paper's dyn_l."""
 
     latency_s: float | None = None
@@ -321,7 +321,7 @@ class History(Record, frozen=True, kw_only=True):
     observations: int = 0
 
 
-class Term(Record, frozen=True, kw_only=True):
+class Term(Record, frozen=True, kw_only=True, gc=False):
     """One summand of a score: `value` as measured or predicted, `regret` normalised, times `weight`."""
 
     name: str
@@ -334,7 +334,7 @@ class Term(Record, frozen=True, kw_only=True):
         return self.weight * self.regret
 
 
-class Candidate(Record, frozen=True, kw_only=True):
+class Candidate(Record, frozen=True, kw_only=True, gc=False):
     """A model with its score (lower is better) and every term of it."""
 
     model: str
@@ -342,7 +342,7 @@ class Candidate(Record, frozen=True, kw_only=True):
     terms: tuple[Term, ...]
 
 
-class Refusal(Record, frozen=True, kw_only=True):
+class Refusal(Record, frozen=True, kw_only=True, gc=False):
     """A model that a hard constraint excluded, and why, in words a user understands."""
 
     model: str

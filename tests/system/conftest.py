@@ -262,6 +262,11 @@ class Server:
 
         return eventually(f"the outcome of {request_id}", stored)
 
+    def answered(self, response: httpx.Response) -> Json:
+        """The stored record of an answer, which has to be a good one."""
+        assert response.status_code == 200, response.text
+        return self.finished(response.headers["x-calm-request-id"])
+
     def idle(self) -> None:
         eventually("no request in flight", lambda: self.snapshot()["in_flight"] == 0)
 
@@ -284,10 +289,11 @@ class Server:
 class Background:
     """Calls `work` again and again in threads until told to stop; keeps what each call returned or raised."""
 
-    def __init__(self, work: Callable[[], T], threads: int = 1) -> None:
+    def __init__(self, work: Callable[[], T], threads: int = 1, *, pause_s: float = 0.02) -> None:
         self.results: list[Any] = []
         self.errors: list[BaseException] = []
         self._work = work
+        self._pause_s = pause_s
         self._over = threading.Event()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
 
@@ -309,6 +315,7 @@ class Background:
             except BaseException as error:
                 self.errors.append(error)
                 return
+            self._over.wait(self._pause_s)
 
     def grows(self, by: int = 1) -> None:
         """Wait for further results: what is under test happened between finished calls."""

@@ -31,11 +31,6 @@ def busy(launch: Launch) -> Iterator[tuple[Server, Background]]:
         yield server, background
         background.grows(2)
     assert not background.errors
-    assert all(
-        record["outcome"]["status"] == "ok"
-        for record in server.get("/calm/v1/decisions?limit=500")["decisions"]
-        if record["outcome"]
-    )
 
 
 def write_twin(server: Server) -> None:

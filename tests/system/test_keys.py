@@ -33,7 +33,7 @@ class Keyed:
         self.server = server
         self.user = create_key(server, "alice")
         self.other = create_key(server, "bob")
-        self.admin = create_key(server, "root", "--role", "admin")
+        self.admin = create_key(server, "root", "--admin")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_no_key_is_401(keyed_server: Keyed) -> None:
     server = keyed_server.server
-    for headers in ({}, bearer("calm-wrong"), {"x-api-key": "calm-wrong"}, bearer("")):
+    for headers in ({}, bearer("calm-wrong"), {"x-api-key": "calm-wrong"}, {"Authorization": "Basic x"}):
         refused = server.chat("Hi", SMOL, headers=headers)
         assert refused.status_code == 401
         error = refused.json()["error"]
@@ -98,12 +98,18 @@ def test_a_user_key_is_403_where_an_admin_is_wanted(keyed_server: Keyed, method:
         body = {"goals": {"mine": {"latency": 1}}}
     refused = keyed_server.server.request(method, path, headers=bearer(keyed_server.user), json=body)
     assert refused.status_code == 403
-    assert (refused.json()["error"]["type"], refused.json()["error"]["code"]) == (
-        "permission_error",
-        "forbidden",
-    )
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("permission_error", "forbidden")
     allowed = keyed_server.server.request(method, path, headers=bearer(keyed_server.admin), json=body)
     assert allowed.status_code == 200, allowed.text
+
+
+def test_the_403_names_a_command_that_works(keyed_server: Keyed) -> None:
+    refused = keyed_server.server.request("GET", "/calm/v1/knowledge", headers=bearer(keyed_server.user))
+    command = refused.json()["error"]["message"].split("`")[1]
+    program, *arguments = command.replace("NAME", "named-by-the-403").split()
+    assert program == "calm"
+    assert create_key(keyed_server.server, *arguments[2:]).startswith("calm-")
 
 
 def test_a_user_sees_its_own_decisions_only(keyed_server: Keyed) -> None:

@@ -161,7 +161,7 @@ def test_goals_are_added_while_running(server: Server, policy: Callable[..., Jso
     assert record["decision"]["weights"]["energy"] == 3
     assert policy(goal="green")["goal"] == "green"
     routed = server.chat(PROMPT, max_tokens=1)
-    assert server.finished(routed.headers["x-calm-request-id"])["decision"]["goal"] == "green"
+    assert server.answered(routed)["decision"]["goal"] == "green"
 
 
 def test_metrics_count_the_requests(server: Server) -> None:

@@ -29,7 +29,7 @@ def ready(server: Server, *models: str) -> None:
 
 def quality(server: Server, model: str) -> float:
     answer = server.chat("Who painted the Mona Lisa?", max_tokens=1)
-    record = server.finished(answer.headers["x-calm-request-id"])
+    record = server.answered(answer)
     return float(record["decision"]["estimates"][model]["quality"]["mean"])
 
 
@@ -37,8 +37,7 @@ def test_kill_9_leaves_no_engine_and_loses_no_record(launch: Launch) -> None:
     """Killed in the middle of two streams; the next start finds every record and marks the broken ones."""
     server = launch(SMOL, GEMMA)
     ready(server, SMOL, GEMMA)
-    finished = server.chat("Who painted the Mona Lisa?", SMOL).headers["x-calm-request-id"]
-    server.finished(finished)
+    finished = server.answered(server.chat("Who painted the Mona Lisa?", SMOL))["request_id"]
     with server.stream(STORY, SMOL) as first, server.stream(STORY, GEMMA) as second:
         running = [r.headers["x-calm-request-id"] for r in (first, second)]
         lines = first.iter_lines()
@@ -136,7 +135,7 @@ def test_a_corrupt_knowledge_file_is_moved_aside(launch: Launch) -> None:
     server.start()
     answer = server.chat("Who painted the Mona Lisa?", SMOL)
     assert answer.status_code == 200
-    assert server.finished(answer.headers["x-calm-request-id"])["outcome"]["status"] == "ok"
+    assert server.answered(answer)["outcome"]["status"] == "ok"
     aside = [file for file in server.state.iterdir() if is_the_broken_one(file)]
     assert len(aside) == 1
     assert aside[0].name in server.log, "the operator is told where it went"
@@ -153,7 +152,7 @@ def test_a_truncated_knowledge_file_is_survived(launch: Launch) -> None:
     """A real database cut in half, as a full disk or a bad copy leaves it."""
     server = launch(SMOL)
     for _ in range(3):
-        server.finished(server.chat("Hi", SMOL, max_tokens=1).headers["x-calm-request-id"])
+        server.answered(server.chat("Hi", SMOL, max_tokens=1))
     assert server.stop() == 0
     file = server.state / "knowledge.sqlite3"
     whole = file.read_bytes()
@@ -161,7 +160,7 @@ def test_a_truncated_knowledge_file_is_survived(launch: Launch) -> None:
     server.start()
     answer = server.chat("Hi", SMOL, max_tokens=1)
     assert answer.status_code == 200
-    assert server.finished(answer.headers["x-calm-request-id"])["outcome"]["status"] == "ok"
+    assert server.answered(answer)["outcome"]["status"] == "ok"
 
 
 def test_two_servers_do_not_share_one_state(launch: Launch) -> None:

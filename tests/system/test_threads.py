@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.system.conftest import GEMMA, SMOL, TINY, Background, Server, eventually
@@ -40,15 +41,9 @@ def test_threads_of_all_active_engines_fit_the_cores(server: Server) -> None:
 
 def test_more_models_than_cores_take_turns(server: Server) -> None:
     """Three at once on however many cores: whoever has to wait waits, and all are answered."""
-    results: list[int] = []
-    work = iter([SMOL, GEMMA, TINY] * 2)
-
-    def ask() -> None:
-        model = next(work, None)
-        if model is not None:
-            results.append(server.chat(STORY, model, max_tokens=4).status_code)
-
-    with Background(server.snapshot) as samples, Background(ask, threads=6):
-        eventually("six answers", lambda: len(results) == 6)
-    assert results == [200] * 6
+    with Background(server.snapshot) as samples, ThreadPoolExecutor(6) as callers:
+        answers = list(
+            callers.map(lambda model: server.chat(STORY, model, max_tokens=4), [SMOL, GEMMA, TINY] * 2)
+        )
+    assert [answer.status_code for answer in answers] == [200] * 6
     assert all(sample["threads_in_use"] <= sample["cores"] for sample in samples.results)

@@ -13,6 +13,7 @@ from calm.analyze import lessons
 from calm.analyze.calibration import Calibration
 from calm.analyze.checkpoint import Memory, ModelMemory, decode, encode
 from calm.analyze.lengths import LengthPredictor, capped_lognormal, normal_cdf, tail_mean
+from calm.analyze.maths import MANY
 from calm.records import Belief, Outcome, Reading
 
 OK = Outcome(
@@ -94,7 +95,7 @@ def test_an_answer_cut_off_is_censored() -> None:
 def test_capped_lognormal_agrees_with_simulation() -> None:
     draws = np.exp(np.random.default_rng(0).normal(4.0, 0.8, 200_000))
     for cap in (10.0, 60.0, 300.0, math.inf):
-        mean, sd = capped_lognormal(np.asarray([4.0]), np.asarray([0.8]), np.asarray([cap]))
+        mean, sd = capped_lognormal(MANY, np.asarray([4.0]), np.asarray([0.8]), np.asarray([cap]))
         cut = np.minimum(draws, cap)
         assert mean[0] == pytest.approx(cut.mean(), rel=0.02)
         assert sd[0] == pytest.approx(cut.std(), rel=0.05, abs=0.04 * min(cap, 100))
@@ -103,7 +104,7 @@ def test_capped_lognormal_agrees_with_simulation() -> None:
 def test_normal_cdf_and_tail_mean() -> None:
     z = np.asarray([-60.0, -3.0, 0.0, 1.64, 60.0])
     exact = [0.5 * math.erfc(-value / math.sqrt(2)) for value in z]
-    assert normal_cdf(z) == pytest.approx(exact, abs=3e-4)
+    assert normal_cdf(MANY, z) == pytest.approx(exact, abs=3e-4)
     assert tail_mean(0.0, 1.0, 0.0) == pytest.approx(math.sqrt(2 / math.pi))
     assert tail_mean(0.0, 1.0, 50.0) == pytest.approx(50.0, abs=0.1)
     assert tail_mean(0.0, 1.0, -50.0) == pytest.approx(0.0, abs=1e-6)

@@ -56,7 +56,7 @@ def card(name: str, kind: str = "llamacpp") -> ModelCard:
 
 
 def wait(system: Snapshot, name: str, kind: str = "llamacpp") -> tuple[float, float, float, float]:
-    return Outlook.read(system, SERVICE_S).of(system.models.get(name), card(name, kind))
+    return Outlook(system, SERVICE_S).of(system.models.get(name), card(name, kind))
 
 
 def test_an_idle_resident_model_on_an_idle_machine_is_free() -> None:
@@ -105,4 +105,4 @@ def test_a_cold_model_that_needs_a_busy_one_s_room_waits_for_it() -> None:
 
 
 def test_an_unknown_model_is_cold() -> None:
-    assert Outlook.read(snapshot(), {}).of(None, card("x"))[:2] == (0.0, 1.0)
+    assert Outlook(snapshot(), {}).of(None, card("x"))[:2] == (0.0, 1.0)

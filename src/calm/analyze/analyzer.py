@@ -1,15 +1,16 @@
 """The Analyze of the loop: for one request, what every model would do with it; and learning what it did.
 
-One facade over the estimators of this room. It owns which row of each belongs to which model and
-predicts the whole fleet in one vectorised pass: three models cost about as much as
-one, a thousand a few milliseconds. No I/O, no clock, no event loop; one owner calls it, from one thread.
+One facade over the estimators of this room. It owns which row of each belongs to which model. A few models are
+predicted one by one in plain floats, a large fleet in one pass over columns, by the same formulas (`maths`):
+three cost tens of microseconds, a thousand a few milliseconds. No I/O, no clock, no event loop; one owner
+calls it, from one thread.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -20,33 +21,19 @@ from calm.analyze import tokens as token_module
 from calm.analyze.calibration import Accuracy, Calibration
 from calm.analyze.conversations import Conversations
 from calm.analyze.domains import Verbosity
-from calm.analyze.energy import Energy
-from calm.analyze.latency import Decode, LoadTime, Prefill
-from calm.analyze.lengths import LengthPredictor
-from calm.analyze.prediction import Constants, Pair, Waits, assemble, beliefs, known, product
+from calm.analyze.estimators import Estimators
+from calm.analyze.maths import MANY, ONE
+from calm.analyze.prediction import Question, as_estimate, forecast
 from calm.analyze.quality import Quality
-from calm.analyze.regression import Array, Rows, RowState
-from calm.analyze.tokens import TokenCounter
+from calm.analyze.queueing import Outlook, Wait
 from calm.ports import Embedder
 from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot
 
+FEW = 24
+"""Up to so many models floats beat columns; `benchmarks/prediction.py` shows both sides of it."""
+
 _SERVICE_RATE = 0.1
 _FORGOTTEN_MODELS = 200
-
-
-class Estimator(Protocol):
-    """What all estimators share: a row's state out and in. Features and observations are each one's own."""
-
-    @property
-    def name(self) -> str: ...
-
-    def state(self, row: int) -> RowState | None:
-        """None while the row still holds its prior."""
-        ...
-
-    def restore(self, row: int, state: RowState) -> bool:
-        """False, and the row as it was, when the state does not fit."""
-        ...
 
 
 class Analyzer:
@@ -56,14 +43,8 @@ class Analyzer:
         self._rows: dict[str, int] = {}
         self._free: list[int] = []
         self._cards: dict[str, ModelCard] = {}
-        self._constants = Constants()
-        self._tokens = TokenCounter()
-        self._lengths = LengthPredictor()
-        self._load = LoadTime()
-        self._prefill = Prefill()
-        self._decode = Decode()
-        self._energy = Energy()
         self._quality = Quality(embedder)
+        self._parts = Estimators(self._quality)
         self._verbosity = None if embedder is None else Verbosity(embedder)
         self._conversations = Conversations()
         self._calibration = Calibration()
@@ -84,8 +65,7 @@ class Analyzer:
             row = self._free.pop() if self._free else len(self._rows)
             self._rows[card.name] = row
         self._cards[card.name] = card
-        self._constants.set(row, card)
-        self._prime(row, card)
+        self._parts.prime(row, card)
         if memory is not None and memory.identity == identity(card):
             self._recall(card.name, memory)
         else:
@@ -129,48 +109,53 @@ class Analyzer:
         for name, card in cards.items():
             if name not in self._rows:
                 self.add(card)
-        names = list(cards)
-        count = len(names)
-        rows = np.fromiter((self._rows[name] for name in names), np.intp, count)
-        waits = Waits.read(names, cards, snapshot, self._service_s, ask.samples)
+        rows = [self._rows[name] for name in cards]
+        outlook = Outlook(snapshot, self._service_s)
+        states, extra = snapshot.models, max(1, ask.samples) - 1
+        waits = (outlook.of(states.get(name), card, extra) for name, card in cards.items())
+        held = self._held(features, snapshot, cards)
+        question = self._question(ask, features)
+        numbers = (self._one_by_one if len(rows) <= FEW else self._at_once)(question, rows, waits, held)
+        quality, spread = self._quality.predict(np.asarray(rows, np.intp), features.embedding)
+        metered = map(self._parts.energy.known, rows)
+        found = map(as_estimate, cards, numbers, metered, quality.tolist(), spread.tolist())
+        return dict(zip(cards, found, strict=True))
 
-        prompt, _ = self._tokens.predict(rows, tiled(token_module.case(features), count))
-        cached = self._cached(features, snapshot, names, prompt)
-        uncached = prompt - cached
-        one = self._one_sample(ask, features, rows, prompt)
-        output = one[0] * max(1, ask.samples), one[1] * max(1, ask.samples)
-        load = self._load.predict(rows, np.ones((count, 1)))
-        joules, joules_sd, metered = self._energy.predict(rows, uncached, *output)
-        estimates = assemble(
-            names,
-            prompt=prompt,
-            cached=cached,
-            output=output,
-            queue=waits.queue,
-            load=(load[0] * waits.cold, load[1] * waits.cold),
-            prefill=self._prefill.predict(rows, uncached, waits.concurrency, waits.threads),
-            decode=product(one, self._decode.predict(rows, waits.decode_features())),
-            energy=known(beliefs((joules, joules_sd)), metered.tolist()),
-            quality=self._quality.predict(rows, features.embedding),
-            cost=self._constants.cost(rows, prompt, output[0]),
+    def _one_by_one(
+        self, question: Question, rows: Sequence[int], waits: Iterable[Wait[float]], held: Sequence[float]
+    ) -> Iterable[tuple[float, ...]]:
+        of = self._parts.of
+        return [
+            forecast(ONE, question, of(row), wait, tokens or None)
+            for row, wait, tokens in zip(rows, waits, held, strict=True)
+        ]
+
+    def _at_once(
+        self, question: Question, rows: Sequence[int], waits: Iterable[Wait[float]], held: Sequence[float]
+    ) -> Iterable[tuple[float, ...]]:
+        flat = np.fromiter(chain.from_iterable(waits), np.float64, len(rows) * len(Wait._fields))
+        known, wait = (
+            self._parts.over(np.asarray(rows, np.intp)),
+            Wait(*flat.reshape(len(rows), -1).T.copy()),
         )
-        return dict(zip(names, estimates, strict=True))
+        columns = forecast(MANY, question, known, wait, np.asarray(held) if any(held) else None)
+        return zip(*(column.tolist() for column in columns), strict=True)
 
-    def _cached(self, features: Features, snapshot: Snapshot, names: list[str], prompt: Array) -> Array:
-        cached = np.zeros(len(names))
+    def _held(self, features: Features, snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[float]:
+        """Tokens of this conversation that each model is expected to hold in its cache."""
         held = self._conversations.cached(features.conversation, snapshot.models)
-        if held is not None and held[0] in names:
-            index = names.index(held[0])
-            cached[index] = max(0.0, min(held[1], prompt[index] - 1.0))
-        return cached
+        if held is None or held[0] not in cards:
+            return [0.0] * len(cards)
+        return [held[1] if name == held[0] else 0.0 for name in cards]
 
-    def _one_sample(self, ask: Ask, features: Features, rows: Rows, prompt: Array) -> Pair:
-        """Output tokens of one sample, cut at max_tokens and at the room the context leaves."""
-        if ask.kind == "embeddings":
-            return np.zeros(len(rows)), np.zeros(len(rows))
-        room = np.maximum(1.0, self._constants.context(rows) - prompt)
-        cap = room if ask.max_tokens is None else np.minimum(room, max(1, ask.max_tokens))
-        return self._lengths.predict(rows, tiled(self._length_case(features), len(rows)), cap)
+    def _question(self, ask: Ask, features: Features) -> Question:
+        return Question(
+            token_module.case(features),
+            self._length_case(features),
+            max(1, ask.samples),
+            ask.max_tokens,
+            ask.kind != "embeddings",
+        )
 
     def _length_case(self, features: Features) -> length_module.Case:
         meaning = features.embedding
@@ -199,25 +184,27 @@ class Analyzer:
         self._learn_speed(row, ask, features, outcome, max(1, threads))
         self._learn_energy(row, outcome)
         self._learn_conversation(features, estimate, outcome)
+        self._parts.learned(row)
 
     def _learn_tokens(self, row: int, features: Features, outcome: Outcome) -> None:
         if outcome.prompt_tokens is not None:
-            self._tokens.learn_one(row, token_module.case(features), outcome.prompt_tokens)
+            self._parts.tokens.learn_one(row, token_module.case(features), outcome.prompt_tokens)
 
     def _learn_speed(self, row: int, ask: Ask, features: Features, outcome: Outcome, threads: int) -> None:
         uncached, prefill = lessons.uncached_tokens(outcome), lessons.prefill_s(outcome)
         case = (uncached or 0.0, float(max(1, outcome.concurrency)), threads)
-        expected = self._prefill.predict_one(row, case).mean if uncached is not None else None
+        guessed = uncached is not None and not lessons.streamed(outcome)
+        expected = self._parts.prefill.predict_one(row, case).mean if guessed else None
         if uncached is not None and prefill is not None:
-            self._prefill.learn_one(row, case, prefill)
+            self._parts.prefill.learn_one(row, case, prefill)
         tpot = lessons.tpot_s(outcome, ask.samples, expected)
         if tpot is not None:
-            self._decode.learn_one(
+            self._parts.decode.learn_one(
                 row, (max(1, outcome.concurrency) + max(1, ask.samples) - 1, threads), tpot
             )
         length = lessons.length(outcome, ask.samples)
         if length is not None and ask.kind != "embeddings":
-            self._lengths.learn_one(row, self._length_case(features), *length)
+            self._parts.lengths.learn_one(row, self._length_case(features), *length)
         service = lessons.service_s(outcome)
         if service is not None and outcome.model is not None:
             last = self._service_s.get(outcome.model, service)
@@ -227,7 +214,7 @@ class Analyzer:
         observed = lessons.joules(outcome)
         if observed is not None:
             joules, uncached, output = observed
-            self._energy.learn_one(row, (uncached, output), joules)
+            self._parts.energy.learn_one(row, (uncached, output), joules)
 
     def _learn_conversation(self, features: Features, estimate: Estimate | None, outcome: Outcome) -> None:
         if outcome.model is None:
@@ -261,8 +248,9 @@ class Analyzer:
         row = self._rows.get(model)
         if row is None:
             return
-        expected = self._load.predict_one(row)
-        if self._load.learn_one(row, (1.0,), load_s):
+        expected = self._parts.load.predict_one(row)
+        if self._parts.load.learn_one(row, (1.0,), load_s):
+            self._parts.learned(row)
             self._calibration.saw(model, "load_s", expected, load_s)
         self._conversations.loaded(model)
 
@@ -312,40 +300,14 @@ class Analyzer:
                 self._recall(name, remembered)
         return True
 
-    def _prime(self, row: int, card: ModelCard) -> None:
-        self._tokens.add(row)
-        self._lengths.add(row, card.priors.output_tokens)
-        self._load.add(row, card)
-        self._prefill.add(row, card)
-        self._decode.add(row, card)
-        self._energy.add(row, card.priors.energy_j_per_token)
-        self._quality.add(row, card)
-
     def _memory(self, name: str) -> checkpoint.ModelMemory:
-        row = self._rows[name]
-        states = {part.name: part.state(row) for part in self._estimators()}
-        learned = {key: state for key, state in states.items() if state is not None}
-        return checkpoint.ModelMemory(identity(self._cards[name]), learned, self._service_s.get(name))
+        states = self._parts.states(self._rows[name])
+        return checkpoint.ModelMemory(identity(self._cards[name]), states, self._service_s.get(name))
 
     def _recall(self, name: str, memory: checkpoint.ModelMemory) -> None:
-        row = self._rows[name]
-        for part in self._estimators():
-            state = memory.states.get(part.name)
-            if state is not None:
-                part.restore(row, state)
+        self._parts.restore(self._rows[name], memory.states)
         if memory.service_s is not None and 0.0 < memory.service_s < math.inf:
             self._service_s[name] = memory.service_s
-
-    def _estimators(self) -> tuple[Estimator, ...]:
-        return (
-            self._tokens,
-            self._lengths,
-            self._load,
-            self._prefill,
-            self._decode,
-            self._energy,
-            self._quality,
-        )
 
     def _park(self, name: str, memory: checkpoint.ModelMemory) -> None:
         self._parked[name] = memory
@@ -359,10 +321,3 @@ def identity(card: ModelCard) -> str:
     engine = card.engine
     options = sorted(engine.options.items())
     return repr((weights, engine.kind, engine.cmd, engine.url, engine.upstream_model, options))
-
-
-def tiled(case: tuple[float, ...], count: int) -> Array:
-    """The same features for every model, (count, d)."""
-    x = np.empty((count, len(case)))
-    x[:] = case
-    return x

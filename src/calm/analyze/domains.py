@@ -123,6 +123,7 @@ class DomainSpace:
     def __init__(self, embedder: Embedder, fleet: Iterable[str] = ()) -> None:
         self._embedder = embedder
         self.names: tuple[str, ...] = ()
+        # Cosines over the temperature: at most 25, so their exponentials need no shift to stay in range.
         self._rows: NDArray[np.float32] = np.zeros((0, embedder.dimensions), np.float32)
         self._starts: NDArray[np.intp] = np.zeros(0, np.intp)
         self._odds: NDArray[np.float32] = np.zeros(0, np.float32)
@@ -144,7 +145,7 @@ class DomainSpace:
         texts = [DESCRIPTORS.get(name, (name.replace("_", " "),)) for name in new]
         starts = np.cumsum([len(self._rows), *map(len, texts)])[:-1]
         vectors = [self._embedder.embed(text) for group in texts for text in group]
-        self._rows = np.concatenate([self._rows, np.asarray(vectors, np.float32)])
+        self._rows = np.concatenate([self._rows, np.asarray(vectors, np.float32) / np.float32(_TEMPERATURE)])
         self._starts = np.concatenate([self._starts, starts])
         self._odds = np.concatenate([self._odds, np.ones(len(new), np.float32)])
         self.names += tuple(new)
@@ -155,10 +156,9 @@ class DomainSpace:
         The posterior is over all `names`, favours included. The coordinates are over the table's domains
         alone, without favours: the same whatever the fleet is.
         """
-        nearest = np.maximum.reduceat(self._rows.dot(query), self._starts)
-        weights = np.exp((nearest - nearest.max()) / _TEMPERATURE)
-        table, favoured = weights[: len(DESCRIPTORS)], weights * self._odds
-        return favoured / np.add.reduce(favoured), table / np.add.reduce(table)
+        weights = np.exp(np.maximum.reduceat(self._rows.dot(query), self._starts))
+        table = weights[: len(DESCRIPTORS)]
+        return weights * (self._odds / weights.dot(self._odds)), table / np.add.reduce(table)
 
     def posterior(self, query: Vector) -> NDArray[np.float32]:
         """Probability of each domain, in the order of `names`."""

@@ -92,10 +92,9 @@ class LoadTime(LogLearner):
         return self._learn(row, x, seconds)
 
 
-def load_s(m: Maths[N], of: Posterior[N], share: N) -> Pair[N]:
-    """Mean and sd of what is left of a load when `share` of it is."""
-    mean, sd = lognormal(m, of, (1.0,))
-    return mean * share, sd * share
+def load_s(m: Maths[N], of: Posterior[N]) -> Pair[N]:
+    """Mean and sd of a whole load."""
+    return lognormal(m, of, (1.0,))
 
 
 class Prefill(RelativeLearner):

@@ -60,7 +60,7 @@ class LengthPredictor(LogLearner):
         self._bank.reset(row, (first, *_PRIOR.mean[1:]))
 
     def predict_one(self, row: int, x: Case, cap: float = math.inf) -> Belief:
-        return belief(output_tokens(ONE, self.of(row), x, cap))
+        return belief(output_tokens(ONE, self.of(row), x, max(1.0, cap)))
 
     def learn_one(self, row: int, x: Case, tokens: float, censored: bool = False) -> bool:
         """`censored`: the answer was cut off at `tokens`, it would have been longer."""
@@ -80,8 +80,7 @@ def output_tokens(m: Maths[N], of: Posterior[N], x: Sequence[N | float], cap: N)
 
 
 def capped_lognormal(m: Maths[N], mu: N, sigma: N, cap: N) -> Pair[N]:
-    """Mean and sd of min(X, cap), log X ~ Normal(mu, sigma). Truncated-moment identity of the lognormal."""
-    cap = m.larger(cap, 1.0)
+    """Mean and sd of min(X, cap), log X ~ Normal(mu, sigma), cap >= 1. Truncated-moment identity of the lognormal."""
     bounded = m.smaller(cap, 1e12)
     mu, half = m.smaller(mu, _LONGEST_LOG), sigma * sigma / 2
     edge = (m.log(bounded) - mu) / sigma

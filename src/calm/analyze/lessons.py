@@ -36,6 +36,11 @@ def prefill_s(outcome: Outcome) -> float | None:
     return seconds if seconds > 0 else None
 
 
+def streamed(outcome: Outcome) -> bool:
+    """The first token's time is known apart from the last one's."""
+    return outcome.ttft_s is not None and outcome.ttft_s < outcome.total_s
+
+
 def decode_s(outcome: Outcome, expected_prefill_s: float | None) -> float | None:
     """From the first token to the last. Without streaming: what is left after the prompt's time."""
     if not served(outcome):

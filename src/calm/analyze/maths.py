@@ -44,8 +44,3 @@ def product(m: Maths[N], a: Pair[N], b: Pair[N]) -> Pair[N]:
     (a_mean, a_sd), (b_mean, b_sd) = a, b
     x, y, z = a_mean * b_sd, b_mean * a_sd, a_sd * b_sd
     return a_mean * b_mean, m.sqrt(x * x + y * y + z * z)
-
-
-def total(m: Maths[N], a: Pair[N], b: Pair[N]) -> Pair[N]:
-    """Mean and sd of the sum of two independent quantities."""
-    return a[0] + b[0], m.sqrt(a[1] * a[1] + b[1] * b[1])

@@ -1,174 +1,119 @@
-"""The fleet as columns: what cards and snapshot say of each model, and columns back into Estimates.
+"""How the estimators' parts make one prediction: the request's numbers in, an Estimate for each model out.
 
-Between the estimators, which work on arrays, and the rest of CALM, which works on one model's record.
+`forecast` is the whole formula. It is written once and runs for a single model on floats (`maths.ONE`) or for
+a fleet on columns (`maths.MANY`); `as_estimate` turns one model's numbers into the record the rest of CALM knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Generic, NamedTuple
 
-import numpy as np
-
-from calm.analyze import queueing
-from calm.analyze.regression import Array, Rows
-from calm.records import Belief, Estimate, ModelCard, Snapshot
-
-Pair = tuple[Array, Array]
-"""Mean and standard deviation, (m,) each."""
-
-
-class Constants:
-    """What a card states, by row: prices in dollars a token (NaN: unknown) and the context."""
-
-    def __init__(self) -> None:
-        self._columns: Array = np.zeros((0, 3))
-
-    def set(self, row: int, card: ModelCard) -> None:
-        missing = row + 1 - len(self._columns)
-        if missing > 0:
-            self._columns = np.concatenate([self._columns, np.zeros((missing + row // 2, 3))])
-        self._columns[row] = (*usd_per_token(card), card.context)
-
-    def context(self, rows: Rows) -> Array:
-        return np.asarray(self._columns[rows, 2])
-
-    def cost(self, rows: Rows, prompt: Array, output: Array) -> Array:
-        """Dollars of a request, NaN where the card states no price for a model that may have one."""
-        prices = self._columns[rows]
-        return np.asarray(prices[:, 0] * prompt + prices[:, 1] * output)
+from calm.analyze.energy import energy_j
+from calm.analyze.latency import prefill_s, tpot_s
+from calm.analyze.lengths import Case as LengthCase
+from calm.analyze.lengths import output_tokens
+from calm.analyze.maths import Maths, N, Pair, product
+from calm.analyze.queueing import RELATIVE_SD, Wait
+from calm.analyze.regression import Posterior
+from calm.analyze.tokens import Case as PromptCase
+from calm.analyze.tokens import prompt_tokens
+from calm.records import Belief, Estimate, ModelCard
 
 
-def usd_per_token(card: ModelCard) -> tuple[float, float]:
-    """(input, output). Our own machine charges nothing; a remote model without a price is unknown."""
+class Stated(NamedTuple, Generic[N]):
+    """What a card states: dollars a token (NaN where unknown), and the context in tokens."""
+
+    input_usd: N
+    output_usd: N
+    context: N
+
+
+class Known(NamedTuple, Generic[N]):
+    """Everything believed of a model, or of many as columns."""
+
+    prompt: Posterior[N]
+    output: Posterior[N]
+    load_s: Pair[N]
+    prefill: Posterior[N]
+    decode: Posterior[N]
+    energy: Posterior[N]
+    stated: Stated[N]
+
+
+class Question(NamedTuple):
+    """What is the same for every model."""
+
+    prompt: PromptCase
+    length: LengthCase
+    samples: int
+    max_tokens: int | None
+    writes: bool
+    """False for embeddings: nothing is decoded."""
+
+
+def stated(card: ModelCard) -> Stated[float]:
+    """Our own machine charges nothing; a remote model without a price is unknown."""
     price = card.price
     if price.input_usd_per_mtok is None and price.output_usd_per_mtok is None:
         free = 0.0 if card.placement == "local" else float("nan")
-        return free, free
-    return (price.input_usd_per_mtok or 0.0) / 1e6, (price.output_usd_per_mtok or 0.0) / 1e6
+        return Stated(free, free, float(card.context))
+    prices = price.input_usd_per_mtok or 0.0, price.output_usd_per_mtok or 0.0
+    return Stated(prices[0] / 1e6, prices[1] / 1e6, float(card.context))
 
 
-@dataclass(frozen=True)
-class Waits:
-    """What stands before each model's first token, and how crowded its engine would be."""
+def forecast(
+    m: Maths[N], question: Question, known: Known[N], wait: Wait[N], held: N | None
+) -> tuple[N, ...]:
+    """The numbers of `as_estimate`, in its order. `held`: tokens the engines' KV caches are expected to hold,
+    None when nobody holds any.
 
-    queue: Array
-    cold: Array
-    """Share of a load still ahead, 0..1."""
-    concurrency: Array
-    threads: Array
-
-    @staticmethod
-    def read(
-        names: Sequence[str],
-        cards: Mapping[str, ModelCard],
-        snapshot: Snapshot,
-        service_s: Mapping[str, float],
-        samples: int,
-    ) -> Waits:
-        """`samples` of one request decode side by side, as requests do."""
-        outlook = queueing.Outlook.read(snapshot, service_s)
-        models, extra = snapshot.models, max(1, samples) - 1
-        columns = [outlook.of(models.get(name), cards[name], extra) for name in names]
-        queue, cold, concurrency, threads = np.asarray(columns, np.float64).T.copy()
-        return Waits(queue, cold, concurrency, threads)
-
-    def decode_features(self) -> Array:
-        x = np.ones((len(self.queue), 3))
-        x[:, 1] = np.log(self.concurrency)
-        x[:, 2] = np.log(self.threads)
-        return x
+    TTFT = queue + load + prefill, total = TTFT + decode; spreads add as variances.
+    """
+    prompt = prompt_tokens(m, known.prompt, question.prompt)
+    cached = prompt * 0.0 if held is None else m.larger(m.smaller(prompt - 1.0, held), 0.0)
+    uncached = prompt - cached
+    one = _sample(m, question, known, prompt)
+    output, output_sd = one[0] * question.samples, one[1] * question.samples
+    queue, queue_sd = wait.queue_s, RELATIVE_SD * wait.queue_s
+    load, load_sd = known.load_s[0] * wait.cold, known.load_s[1] * wait.cold
+    prefill, prefill_sd = prefill_s(m, known.prefill, uncached, wait.concurrency, wait.threads)
+    decode, decode_sd = product(m, one, tpot_s(m, known.decode, wait.concurrency, wait.threads))
+    first = queue + load + prefill
+    spread = queue_sd * queue_sd + load_sd * load_sd + prefill_sd * prefill_sd
+    joules, joules_sd = energy_j(m, known.energy, uncached, (output, output_sd))
+    cost = known.stated.input_usd * prompt + known.stated.output_usd * output
+    return (
+        prompt, cached, output, output_sd, queue, queue_sd, load, load_sd, prefill, prefill_sd,
+        decode, decode_sd, first, m.sqrt(spread), first + decode, m.sqrt(spread + decode_sd * decode_sd),
+        joules, joules_sd, cost,
+    )  # fmt: skip
 
 
-def product(a: Pair, b: Pair) -> Pair:
-    """Mean and sd of the product of two independent quantities."""
-    variance = (a[0] * b[1]) ** 2 + (b[0] * a[1]) ** 2 + (a[1] * b[1]) ** 2
-    return a[0] * b[0], np.sqrt(variance)
+def _sample(m: Maths[N], question: Question, known: Known[N], prompt: N) -> Pair[N]:
+    """Output tokens of one sample, cut at max_tokens and at the room the context leaves."""
+    if not question.writes:
+        return prompt * 0.0, prompt * 0.0
+    room = m.larger(known.stated.context - prompt, 1.0)
+    cap = room if question.max_tokens is None else m.smaller(room, max(1.0, question.max_tokens))
+    return output_tokens(m, known.output, question.length, cap)
 
 
-def total(*parts: Pair) -> Pair:
-    """Mean and sd of the sum of independent quantities."""
-    mean, variance = parts[0][0], parts[0][1] ** 2
-    for part in parts[1:]:
-        mean = mean + part[0]
-        variance = variance + part[1] ** 2
-    return mean, np.sqrt(variance)
-
-
-def beliefs(pair: Pair) -> list[Belief]:
-    return [Belief(mean=m, sd=s) for m, s in zip(pair[0].tolist(), pair[1].tolist(), strict=True)]
-
-
-def known(values: Sequence[Belief], which: Sequence[bool]) -> list[Belief | None]:
-    return [value if keep else None for value, keep in zip(values, which, strict=True)]
-
-
-def dollars(cost: Array) -> list[float | None]:
-    return [value if value == value else None for value in cost.tolist()]
-
-
-def assemble(
-    names: Sequence[str],
-    *,
-    prompt: Array,
-    cached: Array,
-    output: Pair,
-    queue: Array,
-    load: Pair,
-    prefill: Pair,
-    decode: Pair,
-    energy: Sequence[Belief | None],
-    quality: Pair,
-    cost: Array,
-) -> list[Estimate]:
-    """One Estimate a column; TTFT = queue + load + prefill, total = TTFT + decode."""
-    waited = (queue, queueing.RELATIVE_SD * queue)
-    first = total(waited, load, prefill)
-    columns = zip(
-        names,
-        prompt.tolist(),
-        cached.tolist(),
-        beliefs(output),
-        beliefs(waited),
-        beliefs(load),
-        beliefs(prefill),
-        beliefs(decode),
-        beliefs(first),
-        beliefs(total(first, decode)),
-        energy,
-        beliefs(quality),
-        dollars(cost),
-        strict=True,
+def as_estimate(model: str, numbers: tuple[float, ...], metered: bool, quality: float, sd: float) -> Estimate:
+    """The record. `metered`: the model's joules are stated or measured. A cost of NaN is unknown."""
+    prompt, cached, output, output_sd, queue, queue_sd, load, load_sd, prefill, prefill_sd = numbers[:10]
+    decode, decode_sd, ttft, ttft_sd, total, total_sd, joules, joules_sd, cost = numbers[10:]
+    return Estimate(
+        model=model,
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        output_tokens=Belief(mean=output, sd=output_sd),
+        queue_s=Belief(mean=queue, sd=queue_sd),
+        load_s=Belief(mean=load, sd=load_sd),
+        prefill_s=Belief(mean=prefill, sd=prefill_sd),
+        decode_s=Belief(mean=decode, sd=decode_sd),
+        ttft_s=Belief(mean=ttft, sd=ttft_sd),
+        total_s=Belief(mean=total, sd=total_sd),
+        energy_j=Belief(mean=joules, sd=joules_sd) if metered else None,
+        quality=Belief(mean=quality, sd=sd),
+        cost_usd=cost if cost == cost else None,
     )
-    return [
-        Estimate(
-            model=model,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=cached_tokens,
-            output_tokens=output_tokens,
-            queue_s=queue_s,
-            load_s=load_s,
-            prefill_s=prefill_s,
-            decode_s=decode_s,
-            ttft_s=ttft_s,
-            total_s=total_s,
-            energy_j=energy_j,
-            quality=quality_,
-            cost_usd=cost_usd,
-        )
-        for (
-            model,
-            prompt_tokens,
-            cached_tokens,
-            output_tokens,
-            queue_s,
-            load_s,
-            prefill_s,
-            decode_s,
-            ttft_s,
-            total_s,
-            energy_j,
-            quality_,
-            cost_usd,
-        ) in columns
-    ]

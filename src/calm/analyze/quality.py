@@ -34,8 +34,10 @@ DESCRIPTION_BONUS = 0.1
 _DEFAULT = "default"
 _NAMED = len(DESCRIPTORS)
 _FREE = DIMENSIONS - 1 - _NAMED
-_DOMAIN_SCALE = 6.0  # the squared probabilities of a typical question then sum to about the constant's
-_FREE_SCALE = 16.0  # sqrt(256): a projected coordinate then has unit variance
+_DOMAIN_SCALE = np.float32(
+    6.0
+)  # the squared probabilities of a typical question then sum to about the constant's
+_FREE_SCALE = np.float32(16.0)  # sqrt(256): a projected coordinate then has unit variance
 _FORGETTING = 0.998
 _PRIOR = Prior(
     mean=(0.0,) * DIMENSIONS,
@@ -51,8 +53,9 @@ class Topic(NamedTuple):
 
     claims: NDArray[np.float32]
     """(domains + dimensions): its domains' probabilities, then its embedding."""
-    features: NDArray[np.float32]
-    """(63,): the regression's features but the constant."""
+    named: NDArray[np.float32]
+    free: NDArray[np.float32]
+    """The regression's features after the constant, (40,) and (23,)."""
 
 
 class Quality:
@@ -74,7 +77,7 @@ class Quality:
         self._present: set[int] = set()
         self._beliefs: NDArray[np.float32] = np.zeros((0, width + dimensions), np.float32)
         self._stale = True
-        self._basis = np.ascontiguousarray(_projection(dimensions).T)
+        self._basis = np.ascontiguousarray(_FREE_SCALE * _projection(dimensions).T)
 
     @property
     def fingerprint(self) -> str:
@@ -113,8 +116,8 @@ class Quality:
         if embedding is None or self._domains is None:
             return None
         posterior, coordinates = self._domains.read(embedding)
-        features = np.concatenate([_DOMAIN_SCALE * coordinates, _FREE_SCALE * self._basis.dot(embedding)])
-        return Topic(np.concatenate([posterior, embedding]), features)
+        free = self._basis.dot(embedding)
+        return Topic(np.concatenate([posterior, embedding]), _DOMAIN_SCALE * coordinates, free)
 
     def prior(self, rows: Rows, topic: Topic | None) -> Array:
         """The cards' belief about a question, (m,)."""
@@ -122,7 +125,7 @@ class Quality:
             return self._default[rows]
         if self._stale:
             self._believe()
-        return self._beliefs.take(rows, axis=0).dot(topic.claims).astype(np.float64)
+        return np.asarray(self._beliefs.take(rows, axis=0).dot(topic.claims), np.float64)
 
     def predict(self, rows: Rows, embedding: Vector | None) -> tuple[Array, Array]:
         """Mean and sd, (m,). The sd is of the mean alone, not of single ratings: it shrinks with every
@@ -237,7 +240,7 @@ def features_of(topic: Topic | None) -> Array:
     z = np.zeros(DIMENSIONS)
     z[0] = 1.0
     if topic is not None:
-        z[1:] = topic.features
+        z[1 : 1 + _NAMED], z[1 + _NAMED :] = topic.named, topic.free
     return z
 
 
@@ -245,4 +248,5 @@ def unrated_sd(topic: Topic | None) -> float:
     """The prior's standard deviation at a question."""
     if topic is None:
         return _UNRATED_SD
-    return math.sqrt(_UNRATED_SD**2 + _FEATURE_VARIANCE * float(topic.features.dot(topic.features)))
+    squares = float(topic.named.dot(topic.named) + topic.free.dot(topic.free))
+    return math.sqrt(_UNRATED_SD**2 + _FEATURE_VARIANCE * squares)

@@ -11,9 +11,10 @@ s*k/(k+1). A mean-value argument (Reiser and Lavenberg 1980), not a simulation: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Generic, NamedTuple
 
+from calm.analyze.maths import N
 from calm.records import ModelCard, ModelState, Snapshot
 
 DEFAULT_SERVICE_S = 2.0
@@ -69,48 +70,52 @@ def evictable_bytes(snapshot: Snapshot) -> int:
     )
 
 
-class Wait(NamedTuple):
-    """What one model's engine would be like for one more request."""
+class Wait(NamedTuple, Generic[N]):
+    """What a model's engine would be like for one more request."""
 
-    queue_s: float
-    cold: float
+    queue_s: N
+    cold: N
     """Share of a load still ahead: 0 when it can serve, 1 when cold, half when one is under way."""
-    concurrency: float
-    threads: float
+    concurrency: N
+    threads: N
 
 
-@dataclass(frozen=True)
 class Outlook:
-    """What all models share at one moment, worked out once for each snapshot."""
+    """What all models share at one moment; the dearer parts are worked out when a model's wait needs them."""
 
-    steps: list[tuple[float, int]]
-    reachable_bytes: int
-    """Free in the budget, or free as soon as idle models are evicted."""
-    service_s: Mapping[str, float]
+    def __init__(self, snapshot: Snapshot, service_s: Mapping[str, float]) -> None:
+        self._snapshot = snapshot
+        self._service_s = service_s
+        self._free_cores = max(0, snapshot.cores - snapshot.threads_in_use)
 
-    @staticmethod
-    def read(snapshot: Snapshot, service_s: Mapping[str, float]) -> Outlook:
-        free = snapshot.budget_bytes - snapshot.used_bytes + evictable_bytes(snapshot)
-        return Outlook(thread_waits(snapshot, service_s), free, service_s)
+    @cached_property
+    def _steps(self) -> list[tuple[float, int]]:
+        return thread_waits(self._snapshot, self._service_s)
 
-    def of(self, state: ModelState | None, card: ModelCard, extra: int = 0) -> Wait:
+    @cached_property
+    def _reachable_bytes(self) -> int:
+        """Free in the budget, or free as soon as idle models are evicted."""
+        snapshot = self._snapshot
+        return snapshot.budget_bytes - snapshot.used_bytes + evictable_bytes(snapshot)
+
+    def of(self, state: ModelState | None, card: ModelCard, extra: int = 0) -> Wait[float]:
         """`extra`: sequences beyond one that the request itself would decode side by side."""
         engine = card.engine
         limit = card.max_in_flight or engine.slots or 1
         if state is None:
-            cold = 0.0 if card.remote else 1.0
-            return Wait(0.0, cold, 1.0 + extra, 1.0 if card.remote else engine.threads or 1)
+            remote = engine.kind == "openai"
+            return Wait(0.0, 0.0 if remote else 1.0, 1.0 + extra, 1.0 if remote else engine.threads or 1)
         busy = state.in_flight
         crowd = min(busy + 1, limit) + extra
         free_slot = busy < limit and not state.waiting
-        service = 0.0 if free_slot else self.service_s.get(state.model, DEFAULT_SERVICE_S)
+        service = 0.0 if free_slot else self._service_s.get(state.model, DEFAULT_SERVICE_S)
         wait = 0.0 if free_slot else slot_wait_s(state, limit, service)
         if engine.kind == "openai" or state.residency == "remote":
             return Wait(wait, 0.0, crowd, 1.0)
         threads = state.threads or engine.threads or 1
-        if not busy:
-            wait = max(wait, thread_wait_s(self.steps, threads))
+        if not busy and threads > self._free_cores:
+            wait = max(wait, thread_wait_s(self._steps, threads))
         cold = _COLD.get(state.residency, 1.0)
-        if cold == 1.0 and state.footprint_bytes > self.reachable_bytes:
-            wait = max(wait, self.steps[-1][0])  # a busy model has to drain before it can make room
+        if cold == 1.0 and state.footprint_bytes > self._reachable_bytes:
+            wait = max(wait, self._steps[-1][0])  # a busy model has to drain before it can make room
         return Wait(wait, cold, crowd, threads)

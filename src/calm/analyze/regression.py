@@ -30,12 +30,13 @@ import numpy as np
 
 from calm.analyze.evidence import Noise, Prior, RowState, as_bytes, read_state
 from calm.analyze.maths import Array, Maths, N, Pair, Rows
-from calm.analyze.quadratic import Packed, diagonal, dot, form, inverse, outer, times, twice_off_diagonal
+from calm.analyze.quadratic import diagonal, dot, form, off_diagonal_twice, outer, solved
 from calm.records import Belief
 
 _LOG_VARIANCE_CAP = 1.0  # a lognormal's mean explodes with its variance; a cold prior must not
 _ABSURD = 1e9  # larger targets would swamp a double's digits for good
 _ABSURD_FEATURE = 1e4  # its square meets others' in a determinant
+_TINY = 1e-12
 _FLOOR = 0.05  # a relative prediction never falls under this part of its prior
 
 
@@ -74,7 +75,8 @@ class Bank:
         self._prior = prior
         self._forget = forgetting
         self._precision0 = diagonal(prior.strength)
-        self._covariance0 = inverse(self._precision0, self.d)
+        self._covariance0 = solved(self._precision0, prior.mean)[1]
+        self._doubling = off_diagonal_twice(self.d)
         self._rows: list[_Row] = []
         self._columns: Array = np.zeros((self.d + len(self._precision0) + self.d + 1, 0))
         self._stale: set[int] = set()
@@ -171,14 +173,13 @@ class Bank:
 
     def _solve(self, row: int) -> None:
         found = self._rows[row]
-        covariance = inverse(found.precision, self.d)
-        found.weights = times(covariance, found.vector)
+        found.weights, covariance = solved(found.precision, found.vector)
         found.spread = self._scaled(covariance, found.noise.variance)
         found.posterior = None
         self._stale.add(row)
 
-    def _scaled(self, covariance: Packed, variance: float) -> Packed:
-        return tuple([variance * c for c in twice_off_diagonal(covariance, self.d)])
+    def _scaled(self, covariance: Sequence[float], variance: float) -> Sequence[float]:
+        return [variance * c for c in map(mul, covariance, self._doubling)]
 
     def _refresh(self) -> None:
         """Rows that changed since the columns were read last."""
@@ -249,7 +250,7 @@ class RelativeLearner(Learner):
         if not 0.0 <= y < math.inf or not 0.0 < whole < math.inf:
             return False
         mean = dot(self._bank.weights(row), scaled)
-        size = max(mean, _FLOOR * whole, 0.5 * y, 1e-12)
+        size = max(mean, _FLOOR * whole, 0.5 * y, _TINY)
         return self._bank.learn_one(row, [v / size for v in scaled], y / size)
 
 
@@ -262,13 +263,13 @@ def lognormal(m: Maths[N], of: Posterior[N], z: Sequence[N | float]) -> Pair[N]:
     """Mean and standard deviation of a quantity whose logarithm is linear in z."""
     mu, variance = log_moments(of, z)
     variance = m.smaller(variance, _LOG_VARIANCE_CAP)
-    mean = m.exp(m.larger(m.smaller(mu + variance / 2, 30.0), -30.0))
+    mean = m.exp(m.smaller(mu + variance / 2, 30.0))
     return mean, mean * m.sqrt(m.expm1(variance))
 
 
 def relative_mean(m: Maths[N], of: Posterior[N], x: Sequence[N | float]) -> N:
     """Mean of a non-negative sum of parts, in natural units."""
-    return m.larger(m.larger(dot(of.weights, x), _FLOOR * dot(of.units, x)), 1e-12)
+    return m.larger(dot(of.weights, x), _FLOOR * dot(of.units, x) + _TINY)
 
 
 def relative(m: Maths[N], of: Posterior[N], x: Sequence[N | float]) -> Pair[N]:

@@ -43,6 +43,6 @@ class TokenCounter(RelativeLearner):
         return tokens >= 1 and self._learn(row, x, tokens)
 
 
-def expected(m: Maths[N], of: Posterior[N], x: Sequence[N | float]) -> N:
+def prompt_tokens(m: Maths[N], of: Posterior[N], x: Sequence[N | float]) -> N:
     """Tokens, for features as in `Case`."""
     return relative_mean(m, of, x)

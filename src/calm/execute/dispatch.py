@@ -329,7 +329,7 @@ class Serving:
         return min(now, self._sent_at_s + self.seen.prefill_s)
 
     def _deadline(self) -> Deadline:
-        return _Deadline(
+        return Deadline(
             self._deadline_at_s - self._shared.clock.now(), self._deadline_at_s - self.ask.arrived_s
         )
 

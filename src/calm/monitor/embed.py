@@ -9,6 +9,7 @@ what a page costs, and both remember their last few hundred texts, since retries
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -38,9 +39,9 @@ def head_and_tail(text: str) -> str:
 
 def unit(vector: NDArray[np.float32]) -> Vector:
     """Scaled to length 1; a zero or non-finite vector becomes all zeros. Read-only, for it is shared."""
-    length = float(np.sqrt(np.dot(vector, vector)))
-    safe = np.isfinite(length) and length > 1e-12
-    out = (vector / length if safe else np.zeros_like(vector)).astype(np.float32, copy=False)
+    square = float(vector.dot(vector))
+    safe = 1e-24 < square < math.inf
+    out = (vector / math.sqrt(square) if safe else np.zeros_like(vector)).astype(np.float32, copy=False)
     out.flags.writeable = False
     return out
 
@@ -76,7 +77,7 @@ class StaticEmbedder:
     def __init__(self, weights: Path | None = None, tokenizer: Path | None = None) -> None:
         """Without arguments: the files inside the installed wordllama wheel. Never touches the network."""
         table, vocabulary = (weights, tokenizer) if weights and tokenizer else bundled_static()
-        self._table = map_safetensors(table)
+        self._table = np.asarray(map_safetensors(table))  # a plain view: a memmap's own indexing is slow
         self._tokenizer = load_tokenizer(vocabulary)
         self._recent = RecentTexts(self._compute)
 
@@ -89,8 +90,10 @@ class StaticEmbedder:
 
     def _compute(self, text: str) -> Vector:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids if text.strip() else []
-        rows = self._table[np.minimum(ids, len(self._table) - 1)] if ids else np.zeros((1, self.dimensions))
-        return unit(rows.astype(np.float32).mean(axis=0))
+        if not ids:
+            return unit(np.zeros(self.dimensions, np.float32))
+        rows = self._table.take(ids, axis=0, mode="clip")
+        return unit(np.add.reduce(rows, axis=0, dtype=np.float32) / np.float32(len(ids)))
 
 
 class MiniLmEmbedder:

@@ -22,7 +22,7 @@ SYMBOL_CHARS_PER_TOKEN = 1.6
 _SAMPLE_CHARS = 2048
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0002ffff]")
 _OTHER = re.compile("[\u0370-\u1fff\u2c00-\u2dff\ua000-\uabff]")
-_SYMBOL = re.compile(r"[0-9!-/:-@\[-`{-~\n\t]")
+_SYMBOLS = b"0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\n\t"
 
 
 def tokens_per_char(sample: str) -> float:
@@ -32,7 +32,8 @@ def tokens_per_char(sample: str) -> float:
         return 1.0 / LATIN_CHARS_PER_TOKEN
     cjk = 0 if sample.isascii() else len(_CJK.findall(sample))
     other = 0 if sample.isascii() else len(_OTHER.findall(sample))
-    symbols = len(_SYMBOL.findall(sample))
+    raw = sample.encode("utf-8", "surrogatepass")  # bytes above 127 are never symbols
+    symbols = len(raw) - len(raw.translate(None, _SYMBOLS))
     latin = len(sample) - cjk - other - symbols
     tokens = (
         cjk / CJK_CHARS_PER_TOKEN

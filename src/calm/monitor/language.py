@@ -18,6 +18,7 @@ UNDETERMINED = "und"
 _MODEL = Path("resources") / "lid.176.ftz"
 _HEAD_CHARS = 300
 _MIN_LETTERS = 8
+_GLANCE_CHARS = 16  # of prose, they hold eight letters
 _MIN_DENSE_LETTERS = 2  # one Han or Hangul character says as much as a Latin word
 _MIN_PROBABILITY = 0.5
 
@@ -62,6 +63,8 @@ def clean(text: str) -> str:
 
 def enough(sample: str) -> bool:
     """True when there are letters enough to tell."""
+    if sum(map(str.isalpha, sample[:_GLANCE_CHARS])) >= _MIN_LETTERS:
+        return True
     letters = sum(map(str.isalpha, sample))
     if letters >= _MIN_LETTERS:
         return True

@@ -65,9 +65,14 @@ def feasible(
     if ask.model is not None and ask.model not in cards:
         raise UnknownModel(_unknown(ask.model, cards), field="model")
     facts = _facts(ask, features, snapshot)
-    refused = [refusal for card in cards.values() if (refusal := _refuse(facts, card))]
-    out = {refusal.model for refusal in refused}
-    kept = {name: card for name, card in cards.items() if name not in out}
+    checks, states = _asked_for(facts), snapshot.models
+    kept, refused = {}, []
+    for name, card in cards.items():
+        refusal = _refuse(facts, checks, card, states.get(name))
+        if refusal is None:
+            kept[name] = card
+        else:
+            refused.append(refusal)
     if not kept:
         revived, refused = _relax(refused)
         kept = {name: cards[name] for name in revived}
@@ -89,7 +94,9 @@ def within_limits(
     alone leaves nobody, the fastest model is kept and marked BEST_EFFORT; joules and dollars are never
     exceeded. Raises NoCandidate, or DeadlineExceeded when the deadline has already passed.
     """
-    left_s = _time_left_s(ask, now_s)
+    left_s, wishes = _time_left_s(ask, now_s), ask.wishes
+    if left_s is None and wishes.max_energy_j is None and wishes.max_cost_usd is None and estimates:
+        return dict(estimates), tuple(refused)
     over = [r for name, e in estimates.items() if (r := _over_budget(ask, e, cards.get(name)))]
     broke = {refusal.model for refusal in over}
     affordable = {name: e for name, e in estimates.items() if name not in broke}
@@ -118,8 +125,9 @@ def _private(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | 
 
 
 def _capable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 4
-    missing = facts.needs.difference(card.capabilities)
-    return f"does not do {', '.join(sorted(missing))}" if missing else None
+    if facts.needs.issubset(card.capabilities):
+        return None
+    return f"does not do {', '.join(sorted(facts.needs.difference(card.capabilities)))}"
 
 
 def _readable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 5
@@ -129,7 +137,7 @@ def _readable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str |
 
 
 def _fits(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 6
-    if card.remote or (state is not None and state.residency == "ready"):
+    if (state is not None and state.residency == "ready") or card.remote:
         return None
     size = state.footprint_bytes if state else card.memory_hint_bytes
     own = size if state and size and state.pinned and _holds_memory(state) else 0
@@ -141,6 +149,8 @@ def _fits(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | Non
 
 def _healthy(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 7
     if state is None:
+        return None
+    if state.retry_at_s is None and state.residency != "failed":
         return None
     waits = state.retry_at_s is not None and state.retry_at_s > facts.snapshot.at_s
     if not waits and not (state.residency == "failed" and state.retry_at_s is None):
@@ -167,14 +177,27 @@ _CHECKS: tuple[tuple[str, _Check], ...] = (
     ("health", _healthy),
     ("room", _roomy),
 )
+_SILENT: tuple[tuple[str, Callable[[_Facts], bool]], ...] = (
+    ("pinned", lambda facts: facts.ask.model is None),
+    ("allowed", lambda facts: facts.allowed is None),
+    ("privacy", lambda facts: facts.ask.wishes.privacy != "local"),
+)
+"""Constraints a request says nothing about, so that no card need be held against them."""
 _SOFT = ("room", "health")
 """Given up in this order: a cut answer is better than an engine that just failed."""
 
 
-def _refuse(facts: _Facts, card: ModelCard) -> Refusal | None:
+def _asked_for(facts: _Facts) -> list[tuple[str, _Check]]:
+    """The checks that this request can fail."""
+    silent = [constraint for constraint, holds in _SILENT if holds(facts)]
+    return [check for check in _CHECKS if check[0] not in silent]
+
+
+def _refuse(
+    facts: _Facts, checks: Sequence[tuple[str, _Check]], card: ModelCard, state: ModelState | None
+) -> Refusal | None:
     """The first check that speaks against the card; soft ones come last, so they hide no hard one."""
-    state = facts.snapshot.models.get(card.name)
-    for constraint, check in _CHECKS:
+    for constraint, check in checks:
         reason = check(facts, card, state)
         if reason is not None:
             return Refusal(model=card.name, constraint=constraint, reason=reason)
@@ -202,7 +225,7 @@ def _facts(ask: Ask, features: Features, snapshot: Snapshot) -> _Facts:
     allowed = ask.wishes.allowed_models
     prompt = features.prompt_tokens
     answer = 0 if ask.kind == "embeddings" else ask.max_tokens or ANSWER_RESERVE_TOKENS
-    pinned = (s for s in snapshot.models.values() if s.pinned and _holds_memory(s))
+    pinned = [s.footprint_bytes for s in snapshot.models.values() if s.pinned and _holds_memory(s)]
     return _Facts(
         ask=ask,
         needs=ask.requires | {ask.kind},
@@ -210,7 +233,7 @@ def _facts(ask: Ask, features: Features, snapshot: Snapshot) -> _Facts:
         surely_tokens=prompt * (1.0 - 2.0 * PROMPT_RELATIVE_SD),
         probably_tokens=prompt * (1.0 + PROMPT_RELATIVE_SD) + answer,
         snapshot=snapshot,
-        pinned_bytes=sum(state.footprint_bytes for state in pinned),
+        pinned_bytes=sum(pinned),
     )
 
 

@@ -81,9 +81,10 @@ def score_all(
     """
     names = list(cards)
     found = [estimates.get(name) for name in names]
-    columns = _normalised(_columns(ask, snapshot, cards, found, weights, tuning))
-    terms = list(zip(*(_terms(column) for column in columns), strict=True)) or [()] * len(names)
-    scores = _sums(columns, len(names))
+    columns = _columns(ask, snapshot, cards, found, weights, tuning)
+    shares = _shares(columns)
+    terms = list(zip(*map(_terms, columns, shares), strict=True)) or [()] * len(names)
+    scores = _sums(columns, shares, len(names))
     return tuple(
         Candidate(model=names[i], score=scores[i], terms=terms[i])
         for i in fair_order(names, scores, snapshot, ask.request_id)
@@ -121,12 +122,16 @@ def _columns(
 
 
 def _ratio(name: str, weight: float, values: Sequence[float | None], floor: float) -> _Column | None:
-    known = [value for value in values if value is not None]
+    known = _without_none(values)
     if not known:
         return None
     best, worst = max(min(known), floor), max(known)
-    filled = [worst if value is None else value for value in values]
+    filled = known if len(known) == len(values) else [worst if value is None else value for value in values]
     return _Column(name, weight, values, _octaves(filled, best))
+
+
+def _without_none(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _octaves(values: Sequence[float], best: float) -> list[float]:
@@ -137,7 +142,7 @@ def _octaves(values: Sequence[float], best: float) -> list[float]:
 
 
 def _quality(weight: float, values: Sequence[float | None]) -> _Column | None:
-    known = [value for value in values if value is not None]
+    known = _without_none(values)
     if not known:
         return None
     best, worst = max(known), min(known)
@@ -190,7 +195,8 @@ def displaced_s(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[floa
     chance that it is wanted again, exp(-idle / REUSE_S).
     """
     free = snapshot.budget_bytes - snapshot.used_bytes
-    missing = [_missing_bytes(snapshot.models.get(name), free) for name in cards]
+    states = snapshot.models
+    missing = [_missing_bytes(states.get(name), free) for name in cards]
     if not any(missing):
         return None
     victims = sorted(_victim(s, snapshot.at_s) for s in snapshot.models.values() if s.residency == "ready")
@@ -224,20 +230,20 @@ def _victim(state: ModelState, at_s: float) -> tuple[float, int, float]:
 # --- putting the terms together ------------------------------------------------------------------
 
 
-def _normalised(columns: Sequence[_Column]) -> list[_Column]:
+def _shares(columns: Sequence[_Column]) -> list[float]:
     """Weights divided by their sum; the swap has the latency's and is not counted again."""
-    total = sum(column.weight for column in columns if column.name != "swap") or 1.0
-    return [column._replace(weight=column.weight / total) for column in columns]
+    total = sum([column.weight for column in columns if column.name != "swap"]) or 1.0
+    return [column.weight / total for column in columns]
 
 
-def _terms(column: _Column) -> list[Term]:
-    name, weight, values, regrets = column
-    return [Term(name=name, value=v, regret=r, weight=weight) for v, r in zip(values, regrets, strict=True)]
+def _terms(column: _Column, share: float) -> list[Term]:
+    name = column.name
+    pairs = zip(column.values, column.regrets, strict=True)
+    return [Term(name=name, value=value, regret=regret, weight=share) for value, regret in pairs]
 
 
-def _sums(columns: Sequence[_Column], count: int) -> list[float]:
+def _sums(columns: Sequence[_Column], shares: Sequence[float], count: int) -> list[float]:
     scores = [0.0] * count
-    for column in columns:
-        weight = column.weight
-        scores = [score + weight * regret for score, regret in zip(scores, column.regrets, strict=True)]
+    for column, share in zip(columns, shares, strict=True):
+        scores = [score + share * regret for score, regret in zip(scores, column.regrets, strict=True)]
     return scores
