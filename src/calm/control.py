@@ -14,11 +14,11 @@ from calm.execute.executor import Executor
 from calm.gateway.service import Document, Readiness, Reply, Steering
 from calm.intake import Intake
 from calm.journal import Entry, Journal
-from calm.loop import Orchestrator
+from calm.loop import Orchestrator, Served
 from calm.plan import goals as goal_book
 from calm.plan.policies import policy_choices
 from calm.ports import EventLog, Policy, Recall
-from calm.records import Ask, Features, Feedback, ModelCard, Snapshot, StoredRequest, Weights
+from calm.records import Ask, Feedback, ModelCard, Snapshot, StoredRequest, Weights
 from calm.registry import CardProblem
 
 
@@ -60,24 +60,21 @@ class Control:
         await asyncio.to_thread(self._loop.parts.store.flush)
         return await asyncio.to_thread(self._recall.recent, limit, model=model, status=status)
 
-    async def feedback(self, feedback: Feedback) -> None:
-        features, model = await self._rated(feedback.request_id)
-        self._loop.rate(feedback, features, model)
-
-    async def _rated(self, request_id: str) -> tuple[Features, str]:
-        """Features and model of a request, from memory while it is recent, else from the store."""
-        served = self._loop.recent.get(request_id)
-        features, model = served if served is not None else await asyncio.to_thread(self._stored, request_id)
-        if features is None:
-            raise UnknownRequest(f'no request "{request_id[:128]}" is stored', field="request_id")
-        if model is None:
+    async def feedback(self, feedback: Feedback, *, tenant: str | None = None) -> None:
+        served = self._loop.recent.get(feedback.request_id)
+        if served is None:
+            served = await asyncio.to_thread(self._stored, feedback.request_id)
+        if served is None or (tenant is not None and served.tenant != tenant):
+            raise UnknownRequest(f'no request "{feedback.request_id[:128]}" is stored', field="request_id")
+        if served.model is None:
             raise BadInput("this request has no answer that could be rated", field="request_id")
-        return features, model
+        self._loop.rate(feedback, served.features, served.model)
 
-    def _stored(self, request_id: str) -> tuple[Features | None, str | None]:
-        stored = self._recall.decision(request_id)
-        model = stored.outcome.model if stored and stored.outcome else None
-        return self._recall.features_of(request_id), model
+    def _stored(self, request_id: str) -> Served | None:
+        stored, features = self._recall.decision(request_id), self._recall.features_of(request_id)
+        if stored is None or features is None:
+            return None
+        return Served(features, stored.outcome.model if stored.outcome else None, stored.tenant)
 
     # --- the fleet ------------------------------------------------------------------------------------
 

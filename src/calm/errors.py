@@ -14,6 +14,7 @@
     │   ├── NeverFits           the model is larger than the whole budget
     │   ├── LoadFailed          the engine did not come up
     │   ├── EngineLost          the engine died or broke the connection
+    │   │   └── NotReached      nobody took the request: it may safely be sent again
     │   └── ShuttingDown        the server is closing
     ├── UpstreamRejected        the engine answered with an error of its own                (its status)
     └── SourceError             weights could not be fetched or do not match their checksum
@@ -95,9 +96,12 @@ class DeadlineExceeded(CalmError):
 
 
 class Unavailable(CalmError):
+    """`retry_after_s`: when it is worth trying again, where that is known."""
+
     status = 503
     type = "server_error"
     code = "model_unavailable"
+    retry_after_s: float | None = None
 
 
 class NeverFits(Unavailable):
@@ -110,6 +114,10 @@ class LoadFailed(Unavailable):
 
 class EngineLost(Unavailable):
     code = "engine_lost"
+
+
+class NotReached(EngineLost):
+    pass
 
 
 class ShuttingDown(Unavailable):

@@ -44,6 +44,7 @@ class Intake:
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, str] = {}
         self._verified: set[str] = set()
+        self._told: dict[str, str] = {}
 
     @property
     def problems(self) -> tuple[CardProblem, ...]:
@@ -122,9 +123,13 @@ class Intake:
         return source is not None and in_place_path(source, self.directory) is not None
 
     def _offer(self) -> None:
-        missing = [name for name in self._load.fleet if self._missing(name)]
+        missing = {name: self._why(name) for name in self._load.fleet if self._missing(name)}
+        for name, why in missing.items():
+            if self._told.get(name) != why:
+                log.warning("%s is not served: %s", name, why)
+        self._told = missing
         servable = Fleet(card for name, card in self._load.fleet.items() if name not in missing)
-        self._on_fleet(servable, {name: self._why(name) for name in missing})
+        self._on_fleet(servable, missing)
 
     def _why(self, name: str) -> str:
         if name in self._failures:

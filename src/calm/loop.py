@@ -75,6 +75,7 @@ class Served(NamedTuple):
 
     features: Features
     model: str | None
+    tenant: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +203,7 @@ class Orchestrator:
         )
         decision = self._undecided(ask)
         parts.store.record_decision(ask, features, decision)
-        self._remember(ask.request_id, Served(features, None))
+        self._remember(ask.request_id, Served(features, None, ask.tenant))
         parts.store.record_outcome(outcome)
         parts.on_outcome(ask, decision, outcome)
 
@@ -225,7 +226,7 @@ class Orchestrator:
         state = self.parts.executor.snapshot_models().get(outcome.model or "")
         if state is not None and state.residency != "remote":
             outcome = msgspec.structs.replace(outcome, memory_bytes=state.footprint_bytes)
-        self._remember(ask.request_id, Served(features, outcome.model))
+        self._remember(ask.request_id, Served(features, outcome.model, ask.tenant))
         self.parts.store.record_outcome(outcome)
         asyncio.get_running_loop().call_soon(self._learn, ask, features, decision, outcome)
 

@@ -205,7 +205,7 @@ class House:
     async def recent(self, limit: int, *, model: str | None, status: str | None) -> Sequence[StoredRequest]:
         return list(reversed(self.stored.values()))[:limit]
 
-    async def feedback(self, feedback: Feedback) -> None:
+    async def feedback(self, feedback: Feedback, *, tenant: str | None = None) -> None:
         if feedback.request_id not in self.stored:
             raise UnknownRequest(f"no request {feedback.request_id}")
         self.told.append(("feedback", feedback))

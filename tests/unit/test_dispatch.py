@@ -279,3 +279,27 @@ async def test_an_engine_that_crashes_mid_stream(make_room: Callable[..., Room])
     assert reply.outcome is not None
     assert reply.outcome.status == "error"
     room.assert_settled()
+
+
+async def test_a_request_right_after_a_crash_is_served_by_the_next_engine(
+    make_room: Callable[..., Room],
+) -> None:
+    room = make_room(a=Script(pids=(1,)))
+    async with room.serve("a") as reply:
+        await reply.body()
+    first = room.backend.running["a"]
+    assert first.server is not None
+    await first.server.stop()  # its socket is silent, and its owner has not been told yet
+
+    async def reap() -> None:
+        await asyncio.sleep(0.05)
+        await first.crash()
+
+    reaping = asyncio.create_task(reap())
+    async with room.serve("a") as again:
+        await again.body()
+    await reaping
+    assert again.outcome is not None
+    assert again.outcome.status == "ok"
+    assert room.backend.running["a"] is not first
+    room.assert_settled()

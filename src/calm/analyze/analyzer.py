@@ -29,7 +29,7 @@ from calm.analyze.queueing import Outlook, Wait
 from calm.ports import Embedder
 from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot
 
-FEW = 24
+FEW = 16
 """Up to so many models floats beat columns; `benchmarks/prediction.py` shows both sides of it."""
 
 _SERVICE_RATE = 0.1

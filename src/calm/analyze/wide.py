@@ -61,7 +61,8 @@ class WideBank:
 
     def predict_same(self, rows: Rows, z: Array) -> tuple[Array, Array]:
         """(mean, variance of the mean) of many rows for one and the same features (d,)."""
-        pairs = np.multiply.outer(z, z)[self._upper].astype(np.float32)
+        narrow = z.astype(np.float32)
+        pairs = narrow.take(self._upper[0]) * narrow.take(self._upper[1])
         most = 2 * len(rows) >= len(self._noise)  # then gathering costs more than reading them all
         # vecdot, not @: a threaded BLAS would spin on the cores that the engines are using.
         variance = np.vecdot(self._spread, pairs)[rows] if most else np.vecdot(self._spread[rows], pairs)

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp import ClientTimeout
 
-from calm.errors import EngineLost
+from calm.errors import EngineLost, NotReached
 from calm.records import Endpoint
 
 STALE_WITHIN_S = 0.25
@@ -165,11 +165,11 @@ class HttpUpstream:
         except BROKEN as error:
             quick = time.monotonic() - started < STALE_WITHIN_S
             if not (trace.reused and quick and _hung_up(error)):
-                raise EngineLost(_explain(endpoint, error, key)) from None
+                raise _lost(endpoint, error, key, quick=quick) from None
         try:
             return await self._attempt(method, endpoint, path, body, key, trace, fresh=True)
         except BROKEN as error:
-            raise EngineLost(_explain(endpoint, error, key)) from None
+            raise _lost(endpoint, error, key, quick=False) from None
 
     async def _attempt(
         self,
@@ -282,6 +282,12 @@ def _hung_up(error: BaseException) -> bool:
     """It was connected and is not any more."""
     lost = aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | ConnectionError
     return isinstance(error, lost) and not isinstance(error, aiohttp.ClientConnectorError)
+
+
+def _lost(endpoint: Endpoint, error: BaseException, key: str | None, *, quick: bool) -> EngineLost:
+    """NotReached when nobody was there, or hung up at once: an engine in the moment after its death."""
+    untouched = isinstance(error, aiohttp.ClientConnectorError) or (quick and _hung_up(error))
+    return (NotReached if untouched else EngineLost)(_explain(endpoint, error, key))
 
 
 def _explain(endpoint: Endpoint, error: BaseException, key: str | None) -> str:

@@ -62,6 +62,18 @@ def prepare(settings: Settings) -> None:
         raise BadInput(no_fleet(directory, load), field="fleet")
     if settings.fleet.fetch:
         fetch_missing(settings, directory, load)
+    else:
+        check_weights(directory, load)
+
+
+def check_weights(directory: Path, load: FleetLoad) -> None:
+    """Without fetching, at least one model's weights must be here. Raises SourceError; the server names the rest."""
+    from calm.cli import weights
+    from calm.settings import cache_dir
+
+    absent = weights.missing(load.fleet.values(), directory, cache_dir())
+    if len(absent) == len(load.fleet):
+        raise SourceError("no model's weights are here and fleet.fetch is off; run `calm models pull`")
 
 
 def no_fleet(directory: Path, load: FleetLoad) -> str:

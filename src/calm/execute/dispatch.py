@@ -20,6 +20,7 @@ from typing import Protocol
 from calm.errors import (
     CalmError,
     EngineLost,
+    NotReached,
     ShuttingDown,
     Unavailable,
     UnknownModel,
@@ -57,6 +58,10 @@ class Leases(Protocol):
 
     def load_of(self, model: str) -> int:
         """Leases held on a model now."""
+        ...
+
+    async def gone(self, model: str, engine: RunningEngine) -> bool:
+        """True once that engine no longer serves the model; False when it still does after a moment."""
         ...
 
 
@@ -148,13 +153,24 @@ class Serving:
         failure: CalmError | None = None
         for candidate in self.decision.ranked[: self._shared.attempts]:
             try:
-                return await self._attempt(candidate.model)
+                return await self._serve_on(candidate.model)
             except ShuttingDown:
                 raise
             except (Unavailable, UnknownModel) as error:
                 failure = error
                 await self._let_go()
         raise failure or Unavailable("no model could take the request")
+
+    async def _serve_on(self, model: str) -> None:
+        """One model; twice when its engine was dead before it took anything, which its owner learns a moment later."""
+        try:
+            return await self._attempt(model)
+        except NotReached:
+            dead = self._shared.executor.engine(model)
+            await self._let_go()
+            if dead is None or not await self._shared.executor.gone(model, dead):
+                raise
+        return await self._attempt(model)
 
     async def _attempt(self, model: str) -> None:
         self._attempts += 1

@@ -249,6 +249,16 @@ class Executor:
         up = self._room.up.get(model)
         return up.engine if up is not None else self._remotes.engine(model)
 
+    async def gone(self, model: str, engine: RunningEngine, within_s: float = 1.0) -> bool:
+        """True once `engine` no longer serves the model. The death of a process is learned when it is reaped:
+
+        milliseconds after its socket went silent. False when it still serves after `within_s`.
+        """
+        until_s = self._clock.now() + (within_s if engine.pids() else 0.0)
+        while self.engine(model) is engine and self._clock.now() < until_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return self.engine(model) is not engine
+
     def pids(self) -> Mapping[str, tuple[int, ...]]:
         """Processes of each resident local engine."""
         return {model: up.engine.pids() for model, up in self._room.up.items()}

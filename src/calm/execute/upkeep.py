@@ -53,4 +53,6 @@ def failed_error(entry: Entry, at_s: float) -> LoadFailedError:
     wait_s = max(0.0, (entry.retry_at_s or at_s) - at_s)
     again = f"; tried again in {wait_s:.1f} s" if wait_s else ""
     times = f" ({entry.failures} times in a row)" if entry.failures > 1 else ""
-    return LoadFailedError(f"{entry.name} is not available{times}: {entry.reason}{again}")
+    error = LoadFailedError(f"{entry.name} is not available{times}: {entry.reason}{again}")
+    error.retry_after_s = wait_s or None
+    return error

@@ -272,4 +272,4 @@ def is_loopback(address: str | None) -> bool:
 def require_admin(identity: Identity) -> None:
     """Raises Forbidden for a user key."""
     if identity.role != "admin":
-        raise Forbidden("this needs an admin key: `calm keys create NAME --role admin`")
+        raise Forbidden("this needs an admin key: `calm keys create NAME --admin`")

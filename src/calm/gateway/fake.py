@@ -177,7 +177,7 @@ class ScriptedService:
     async def recent(self, limit: int, *, model: str | None, status: str | None) -> Sequence[StoredRequest]:
         return tuple(self.stored.values())[:limit]
 
-    async def feedback(self, feedback: Feedback) -> None:
+    async def feedback(self, feedback: Feedback, *, tenant: str | None = None) -> None:
         if not any(ask.request_id == feedback.request_id for ask in self.asks):
             raise UnknownRequest(f"no request {feedback.request_id}", field="request_id")
         self.ratings.append(feedback)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import msgspec
 from aiohttp import web
 
-from calm.errors import BadInput, CalmError, QueueFull, TooLarge, Unauthorised, UpstreamRejected
+from calm.errors import BadInput, CalmError, QueueFull, TooLarge, Unauthorised, Unavailable, UpstreamRejected
 
 REQUEST_ID = "x-calm-request-id"
 
@@ -64,7 +64,7 @@ def internal(request_id: str) -> CalmError:
 def fault(error: CalmError, request_id: str) -> web.Response:
     """The HTTP answer to a failure."""
     headers = {REQUEST_ID: request_id}
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | Unavailable) and error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(min(error.retry_after_s, 3600.0))))
     if isinstance(error, Unauthorised):
         headers["WWW-Authenticate"] = 'Bearer realm="calm"'

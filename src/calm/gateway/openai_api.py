@@ -150,7 +150,8 @@ class OpenAiApi:
             wall_s=self._clock.wall(),
             comment=body.comment,
         )
-        await self._service.feedback(feedback)
+        identity = request[IDENTITY_KEY]
+        await self._service.feedback(feedback, tenant=None if identity.role == "admin" else identity.name)
         return json_response({"request_id": request_id, "rating": body.rating, "recorded": True})
 
     def _names(self) -> list[str]:

@@ -119,8 +119,8 @@ class Service(Protocol):
         """The newest requests, newest first, of one model or with one outcome where that is given."""
         ...
 
-    async def feedback(self, feedback: Feedback) -> None:
-        """Raises UnknownRequest when no decision is stored under the id."""
+    async def feedback(self, feedback: Feedback, *, tenant: str | None = None) -> None:
+        """Raises UnknownRequest when no decision is stored under the id, or it is not this tenant's."""
         ...
 
     async def knowledge(self) -> Document:
