@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
+import gc
 import io
 import json
 import multiprocessing
@@ -295,6 +296,8 @@ def work(pipe: Connection, variant: Variant, seed: int) -> None:
 async def obey(pipe: Connection, variant: Variant, seed: int) -> None:
     async with house(variant.models, variant.policy, make_embedder(variant.embedder, cache_dir())) as loop:
         bench = Bench(loop, asks(seed))
+        gc.collect()
+        gc.freeze()  # as the server does once it is built
         does: Mapping[str, Callable[[int], object]] = {
             "round": bench.round,
             "dissect": bench.dissect,

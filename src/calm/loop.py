@@ -55,6 +55,9 @@ LESSONS_PER_S = 200.0
 """Outcomes learned from per second at most: beyond it they teach nothing new and cost what serving needs."""
 
 
+RECORDED = 32
+"""Candidates and refusals kept in a Decision, best first: a fleet of a thousand would write a megabyte each."""
+
 ANALYZER, WORKLOAD = "analyzer", "workload"
 """Names of the saved states."""
 
@@ -158,9 +161,9 @@ class Orchestrator:
             policy=steering.policy.name,
             goal=goal,
             weights=weights,
-            ranked=ranked,
-            refused=refused,
-            estimates=within,
+            ranked=ranked[:RECORDED],
+            refused=refused[:RECORDED],
+            estimates={best.model: within[best.model] for best in ranked[:RECORDED]},
             snapshot_revision=snapshot.revision,
             decision_s=parts.clock.now() - started_s,
             wall_s=parts.clock.wall(),

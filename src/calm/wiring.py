@@ -6,6 +6,7 @@ Nothing else in CALM constructs an adapter. `run_server` is what `calm serve` ca
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -68,6 +69,8 @@ async def run_server(settings: Settings, *, on_ready: Callable[[str], None]) -> 
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         house = await build(settings, stack)
+        gc.collect()
+        gc.freeze()  # what is built lives as long as the server: no pause to look through it again and again
         on_ready(house.url)
         await stop.wait()
         log.info("closing: running answers get %g s to finish", settings.server.shutdown_grace_s)
