@@ -187,9 +187,11 @@ class Bank:
         if missing > 0:
             blank = np.zeros((len(self._columns), missing + len(self._rows) // 2))
             self._columns = np.concatenate([self._columns, blank], axis=1)
-        for row in self._stale:
-            of = self.of(row)
-            self._columns[:, row] = (*of.weights, *of.spread, *(of.units or (0.0,) * self.d), of.noise)
+        if not self._stale:
+            return
+        rows, nothing = list(self._stale), (0.0,) * self.d
+        fresh = [(*of.weights, *of.spread, *(of.units or nothing), of.noise) for of in map(self.of, rows)]
+        self._columns[:, rows] = np.asarray(fresh).T
         self._stale.clear()
 
 
