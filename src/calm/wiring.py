@@ -17,8 +17,8 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import psutil
+from msgspec.structs import replace
 
 from calm import settings as configuration
 from calm.analyze.analyzer import Analyzer
@@ -42,6 +42,7 @@ from calm.intake import Intake
 from calm.journal import Journal
 from calm.loop import Orchestrator, Parts, Steering
 from calm.meters.choose import MeterSettings, probe
+from calm.meters.cpu_time import CpuTimeMeter
 from calm.meters.ledger import EnergyLedger
 from calm.monitor.embed import MiniLmEmbedder, StaticEmbedder
 from calm.monitor.language import LanguageDetector
@@ -94,6 +95,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
     store = open_store(settings, clock)
     stack.callback(store.close)
     meter = probe(MeterSettings(meter=settings.energy.meter, watts_per_core=settings.energy.watts_per_core))
+    watts = meter.chosen.watts_per_core if isinstance(meter.chosen, CpuTimeMeter) else None
     ledger = EnergyLedger(meter.chosen, clock)
     run_dir = stack.enter_context(runtime_directory())
     upstream = await stack.enter_async_context(HttpUpstream(configuration.secret))
@@ -105,7 +107,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
         configuration.fleet_dir(settings),
         cache,
         fetch=settings.fleet.fetch,
-        on_fleet=lambda fleet, missing: orchestrator.use_fleet(with_threads(fleet, settings), missing),
+        on_fleet=lambda fleet, missing: orchestrator.use_fleet(completed(fleet, settings, watts), missing),
     )
     executor = Executor(
         {},
@@ -244,17 +246,30 @@ def make_minilm(cache: Path) -> Embedder:
     return MiniLmEmbedder(*found)
 
 
-def with_threads(fleet: Mapping[str, ModelCard], settings: Settings) -> Mapping[str, ModelCard]:
-    """The operator's thread count for every card that names none."""
-    threads = settings.scheduling.threads
-    if threads is None:
-        return fleet
+def completed(
+    fleet: Mapping[str, ModelCard], settings: Settings, watts_per_core: float | None
+) -> Mapping[str, ModelCard]:
+    """The cards with what they leave open and this machine knows: threads, and joules per token."""
     return {
-        name: card
-        if card.engine.threads
-        else msgspec.structs.replace(card, engine=msgspec.structs.replace(card.engine, threads=threads))
+        name: with_energy(with_threads(card, settings.scheduling.threads), watts_per_core)
         for name, card in fleet.items()
     }
+
+
+def with_threads(card: ModelCard, threads: int | None) -> ModelCard:
+    """The operator's thread count for a card that names none."""
+    if threads is None or card.engine.threads is not None or card.remote:
+        return card
+    return replace(card, engine=replace(card.engine, threads=threads))
+
+
+def with_energy(card: ModelCard, watts_per_core: float | None) -> ModelCard:
+    """Where the meter is the CPU-time model, a stated decode rate already says what a token takes."""
+    priors = card.priors
+    if watts_per_core is None or card.remote or priors.energy_j_per_token or not priors.decode_tps:
+        return card
+    joules = watts_per_core * (card.engine.threads or 1) / priors.decode_tps
+    return replace(card, priors=replace(priors, energy_j_per_token=joules))
 
 
 def counted(metrics: Metrics) -> Callable[[str, Residency, Residency], None]:

@@ -237,6 +237,19 @@ def test_a_conversation_s_next_turn_finds_its_prefix_cached() -> None:
     assert estimates(analyzer, question)["b"].cached_tokens == 0.0
 
 
+def test_every_model_that_saw_a_conversation_remembers_it() -> None:
+    analyzer, question = fleet_of(), ask(conversation="talk", prompt_chars=2000)
+    analyzer.learn(question, read(question), None, served("a"))
+    analyzer.learn(question, read(question), None, served("b"))  # it strayed: a still holds the prefix
+    warm = estimates(analyzer, question)
+    assert warm["a"].cached_tokens > 0
+    assert warm["b"].cached_tokens > 0
+    analyzer.loaded("b", 1.0)
+    warm = estimates(analyzer, question)
+    assert warm["a"].cached_tokens > 0
+    assert warm["b"].cached_tokens == 0.0
+
+
 def test_an_engine_that_caches_nothing_is_found_out() -> None:
     analyzer, question = fleet_of(), ask(conversation="talk", prompt_chars=2000)
     teach(analyzer, question, served("b", cached_tokens=0), count=40)

@@ -144,9 +144,7 @@ class Analyzer:
     def _held(self, features: Features, snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[float]:
         """Tokens of this conversation that each model is expected to hold in its cache."""
         held = self._conversations.cached(features.conversation, snapshot.models)
-        if held is None or held[0] not in cards:
-            return [0.0] * len(cards)
-        return [held[1] if name == held[0] else 0.0 for name in cards]
+        return [held.get(name, 0.0) for name in cards] if held else [0.0] * len(cards)
 
     def _question(self, ask: Ask, features: Features) -> Question:
         return Question(

@@ -1,6 +1,6 @@
-"""Which model holds a conversation's prefix in its KV cache, and how much of it.
+"""Which models hold a conversation's prefix in their KV caches, and how much of it.
 
-The next turn repeats everything said so far, so the model that served the last one skips that much prefill
+The next turn repeats everything said so far, so a model that served an earlier one skips that much prefill
 (prefix caching: vLLM, Kwon et al. SOSP 2023; llama.cpp keeps the slot's tokens). The memory is bounded, ends
 when the model is loaded anew, and is trusted as far as it has come true: engines report `cached_tokens`.
 """
@@ -19,25 +19,25 @@ _RESIDENT = ("ready", "remote")
 
 
 class Conversations:
-    """A bounded least-recently-used map: conversation -> (model, tokens in its cache, the model's load)."""
+    """A bounded least-recently-used map: conversation -> model -> (tokens in its cache, the model's load)."""
 
     def __init__(self, size: int = _CONVERSATIONS) -> None:
         self._size = size
-        self._last: OrderedDict[str, tuple[str, float, int]] = OrderedDict()
+        self._known: OrderedDict[str, dict[str, tuple[float, int]]] = OrderedDict()
         self._loads: dict[str, int] = {}
         self._hits: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return len(self._last)
+        return len(self._known)
 
     def served(self, conversation: str | None, model: str, tokens: float) -> None:
         """`tokens`: prompt and answer together, all of which the engine now has cached."""
         if conversation is None or tokens <= 0:
             return
-        self._last[conversation] = (model, tokens, self._loads.get(model, 0))
-        self._last.move_to_end(conversation)
-        if len(self._last) > self._size:
-            self._last.popitem(last=False)
+        self._known.setdefault(conversation, {})[model] = (tokens, self._loads.get(model, 0))
+        self._known.move_to_end(conversation)
+        if len(self._known) > self._size:
+            self._known.popitem(last=False)
 
     def loaded(self, model: str) -> None:
         """A fresh engine: its cache is empty."""
@@ -56,14 +56,18 @@ class Conversations:
 
     def cached(
         self, conversation: str | None, states: Mapping[str, ModelState] | None = None
-    ) -> tuple[str, float] | None:
-        """(model, tokens expected in its cache), None when no resident engine knows the conversation."""
-        known = self._last.get(conversation) if conversation is not None else None
-        if known is None:
-            return None
-        model, tokens, load = known
-        state = states.get(model) if states is not None else None
-        gone = state is not None and state.residency not in _RESIDENT
-        if gone or load != self._loads.get(model, 0):
-            return None
-        return model, tokens * self._hits.get(model, _HIT_PRIOR)
+    ) -> Mapping[str, float]:
+        """Tokens expected in the cache of each resident engine that knows the conversation."""
+        known = self._known.get(conversation) if conversation is not None else None
+        if not known:
+            return {}
+        return {
+            model: tokens * self._hits.get(model, _HIT_PRIOR)
+            for model, (tokens, load) in known.items()
+            if load == self._loads.get(model, 0) and _resident(states, model)
+        }
+
+
+def _resident(states: Mapping[str, ModelState] | None, model: str) -> bool:
+    state = states.get(model) if states is not None else None
+    return state is None or state.residency in _RESIDENT

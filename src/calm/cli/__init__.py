@@ -6,9 +6,13 @@ package import click and the standard library only, everything else stands insid
 
 from __future__ import annotations
 
+import os
+
 
 def main() -> None:
     """Entry point of the installed command. Exits 0, 1 (failed), 2 (wrong usage) or 130 (Ctrl-C)."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: the cores are the engines'
+
     from calm.cli.app import calm
 
     calm(prog_name="calm")

@@ -7,7 +7,7 @@ rating (CALM paper, arXiv 2602.03632). Every call here is O(1); nothing grows wi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -179,6 +179,24 @@ class _State(msgspec.Struct, frozen=True):
     models: dict[str, _ModelState]
 
 
+class _Histories(Mapping[str, History]):
+    """A view: only the policies that compare models by their past pay for the means."""
+
+    __slots__ = ("_models",)
+
+    def __init__(self, models: Mapping[str, _Model]) -> None:
+        self._models = models
+
+    def __getitem__(self, name: str) -> History:
+        return self._models[name].history()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+
 class Workload:
     """Arrivals and results as they come in; rates and histories on demand. Times are monotonic."""
 
@@ -233,9 +251,9 @@ class Workload:
         """Requests per second decided for each model ever chosen."""
         return {name: model.rate.rps(at_s) for name, model in self._models.items()}
 
-    def histories(self) -> dict[str, History]:
-        """Means over the last 100 observations, for every model seen."""
-        return {name: model.history() for name, model in self._models.items()}
+    def histories(self) -> Mapping[str, History]:
+        """Means over the last 100 observations, for every model seen; computed when looked up."""
+        return _Histories(self._models)
 
     def percentiles(self) -> dict[str, Mapping[str, Percentiles]]:
         """By model and quantity, of what its window holds."""

@@ -313,8 +313,9 @@ def _late(estimate: Estimate, left_s: float) -> Refusal:
 def _nobody(refused: Sequence[Refusal]) -> str:
     if not refused:
         return "no model can serve this request: the fleet is empty; add a metadata file to it"
-    listed = "; ".join(f"{r.model}: {r.reason}" for r in refused[:LISTED_REFUSALS])
-    more = len(refused) - LISTED_REFUSALS
+    telling = [r for r in refused if r.constraint != "pinned"] or refused
+    listed = "; ".join(f"{r.model}: {r.reason}" for r in telling[:LISTED_REFUSALS])
+    more = len(telling) - LISTED_REFUSALS
     return f"no model can serve this request. {listed}" + (f"; and {more} more" if more > 0 else "")
 
 

@@ -6,7 +6,7 @@ gets its share over many requests, and the same request always gets the same ord
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from random import Random
 
@@ -20,11 +20,15 @@ def fair_order(
     order = sorted(range(len(names)), key=scores.__getitem__)
     if len(set(scores)) == len(scores):
         return order
-    states = snapshot.models
-    keys = [(score, load(states.get(name))) for name, score in zip(names, scores, strict=True)]
-    order.sort(key=keys.__getitem__)
-    shuffler = Random(request_id)
-    return [i for _, tied in groupby(order, key=keys.__getitem__) for i in _shuffled(tied, names, shuffler)]
+    shuffler: Random | None = None
+    fair: list[int] = []
+    for _, tied in groupby(order, key=scores.__getitem__):
+        group = list(tied)
+        if len(group) > 1:
+            shuffler = shuffler or Random(request_id)
+            group = _settled(group, names, snapshot, shuffler)
+        fair += group
+    return fair
 
 
 def load(state: ModelState | None) -> int:
@@ -32,8 +36,8 @@ def load(state: ModelState | None) -> int:
     return state.in_flight + state.waiting if state is not None else 0
 
 
-def _shuffled(tied: Iterable[int], names: Sequence[str], shuffler: Random) -> list[int]:
-    group = sorted(tied, key=names.__getitem__)
-    if len(group) > 1:
-        shuffler.shuffle(group)
-    return group
+def _settled(tied: list[int], names: Sequence[str], snapshot: Snapshot, shuffler: Random) -> list[int]:
+    """The fewest requests in flight first, equals of that too in the request's own order."""
+    tied.sort(key=names.__getitem__)
+    shuffler.shuffle(tied)
+    return sorted(tied, key=lambda i: load(snapshot.models.get(names[i])))

@@ -1,0 +1,105 @@
+"""What wiring adds to cards, and that a whole server comes up, answers and goes without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from calm.backends.fake import FakeEngineServer, Script
+from calm.errors import BadInput, SourceError
+from calm.records import EngineSpec, ModelCard, PriorSpec
+from calm.settings import load_settings
+from calm.wiring import build, completed, make_minilm, runtime_directory
+
+
+def test_cards_are_completed_with_what_the_machine_knows() -> None:
+    card = ModelCard(name="a", description="a", priors=PriorSpec(decode_tps=50.0))
+    settings = load_settings(environ={"CALM_SCHEDULING__THREADS": "2"})
+    made = completed({"a": card}, settings, 5.0)["a"]
+    assert made.engine.threads == 2
+    assert made.priors.energy_j_per_token == pytest.approx(5.0 * 2 / 50.0)
+    stated = ModelCard(
+        name="b",
+        description="b",
+        engine=EngineSpec(threads=1),
+        priors=PriorSpec(decode_tps=50.0, energy_j_per_token=0.7),
+    )
+    assert completed({"b": stated}, settings, 5.0)["b"] == stated
+    remote = ModelCard(name="c", description="c", engine=EngineSpec(kind="openai", url="http://localhost"))
+    assert completed({"c": remote}, settings, 5.0)["c"] == remote
+    assert completed({"a": card}, load_settings(environ={}), None)["a"] == card
+
+
+def test_a_missing_embedder_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="calm models pull --assets"):
+        make_minilm(tmp_path)
+
+
+def test_runtime_directories_of_the_dead_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    stale = tmp_path / "calm-run-999999999-x"
+    stale.mkdir()
+    with runtime_directory() as mine:
+        assert mine.stat().st_mode & 0o777 == 0o700
+        assert not stale.exists()
+    assert not mine.exists()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for variable in ("CALM_STATE_DIR", "CALM_CACHE_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fleet").mkdir()
+    return tmp_path
+
+
+async def test_a_whole_server_answers_and_remembers(home: Path) -> None:
+    async with FakeEngineServer(Script(answer=("Hi", " there"))) as upstream:
+        (home / "fleet" / "one.toml").write_text(
+            'name = "one"\ndescription = "d"\nplacement = "local"\n'
+            f'[engine]\nkind = "openai"\nurl = "{upstream.base_url}"\n'
+        )
+        settings = load_settings(environ={"CALM_SERVER__PORT": "0", "CALM_ENERGY__METER": "absent"})
+        async with AsyncExitStack() as stack:
+            house = await build(settings, stack)
+            body = {"model": "calm", "messages": [{"role": "user", "content": "hello"}]}
+            async with aiohttp.ClientSession() as client:
+                async with client.post(f"{house.url}/v1/chat/completions", json=body) as response:
+                    assert response.status == 200
+                    answer = await response.json()
+                    assert "x-calm-energy-j" not in response.headers  # unknown is absent, never 0
+                request_id = answer["calm"]["request_id"]
+                async with client.get(f"{house.url}/calm/v1/decisions/{request_id}") as response:
+                    stored = await response.json()
+        assert answer["choices"][0]["message"]["content"] == "Hi there"
+        assert stored["outcome"]["status"] == "ok"
+        assert stored["decision"]["ranked"][0]["model"] == "one"
+        assert stored["query"] is None  # prompts are not stored
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not others, "nothing runs on after the server is gone"
+
+
+@pytest.mark.parametrize(
+    ("environ", "field"),
+    [
+        ({"CALM_POLICY__GOAL": "fun"}, "policy.goal"),
+        ({"CALM_POLICY__NAME": "magic"}, "policy"),
+        ({"CALM_MEMORY__EVICTION": "magic"}, "eviction"),
+        ({"CALM_MEMORY__BUDGET": "lots"}, "memory.budget"),
+        ({"CALM_SERVER__HOST": "0.0.0.0"}, "server.host"),
+        ({"CALM_ENERGY__METER": "nvml"}, "energy.meter"),
+    ],
+)
+async def test_a_wrong_setting_stops_the_start_with_its_name(
+    home: Path, environ: dict[str, str], field: str
+) -> None:
+    settings = load_settings(environ={"CALM_SERVER__PORT": "0", **environ})
+    with pytest.raises(BadInput) as caught:
+        async with AsyncExitStack() as stack:
+            await build(settings, stack)
+    assert caught.value.field == field
