@@ -146,6 +146,7 @@ def litellm(root: Path, upstream_port: int) -> Iterator[tuple[int, subprocess.Po
     program = litellm_python().parent / "litellm"
     command = [str(program), "--config", str(config), "--port", str(port), "--host", "127.0.0.1"]
     env = {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_TELEMETRY": "False"}
+    env["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"  # no keys on either side
     with running(command, env) as process:
         wait_ready(f"http://127.0.0.1:{port}/health/liveliness", process)
         yield port, process

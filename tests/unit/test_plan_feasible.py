@@ -348,3 +348,13 @@ def test_earlier_refusals_are_carried_along() -> None:
         within_limits({"small": estimate("small")}, FLEET, wishes, 0.0, earlier)
     _, refused = within_limits({"small": estimate("small")}, FLEET, ask(), 0.0, earlier)
     assert refused == earlier
+
+
+def test_more_answers_than_an_engine_has_slots_go_to_one_that_has_them() -> None:
+    few = card("few", engine=EngineSpec(slots=2))
+    many = card("many", engine=EngineSpec(slots=4))
+    remote = card("remote", engine=EngineSpec(kind="openai", url="http://localhost"))
+    kept, refused = feasible(ask(body={"n": 3}), features(), snapshot(), cards(few, many, remote))
+    assert sorted(kept) == ["many", "remote"]
+    assert [(r.model, r.constraint) for r in refused] == [("few", "capability")]
+    assert "at most 2 answers at once" in refused[0].reason

@@ -8,7 +8,7 @@ The tree of `feasible`, the same numbers in the body:
     1  pinned       the caller named another model
     2  allowed      the caller's `allowed_models` leaves it out
     3  privacy      `privacy: local`, and the model answers from elsewhere
-    4  capability   chat, completion, embeddings, tools or json is asked for and missing
+    4  capability   chat, completion, embeddings, tools or json is asked for and missing, or n > slots
     5  context      the prompt alone is longer than the context, even if the estimate is 2 sd too high
     6  memory       it is larger than the budget that is not pinned: it can never be loaded
     7  health       it failed and its pause is not over             given up when nothing healthy is left
@@ -126,8 +126,16 @@ def _private(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | 
 
 def _capable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 4
     if facts.needs.issubset(card.capabilities):
-        return None
+        return _too_many(facts, card)
     return f"does not do {', '.join(sorted(facts.needs.difference(card.capabilities)))}"
+
+
+def _too_many(facts: _Facts, card: ModelCard) -> str | None:
+    """llama.cpp answers at most as many times at once as it has slots."""
+    samples, slots = facts.ask.body.get("n"), card.engine.slots
+    if card.engine.kind != "llamacpp" or not isinstance(samples, int) or samples <= slots:
+        return None
+    return f"gives at most {slots} answers at once (engine.slots), n is {samples}"
 
 
 def _readable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 5
