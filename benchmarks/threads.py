@@ -3,8 +3,9 @@
 Aggregate decoding speed of llama.cpp engines started by CALM's own backend, in three arrangements:
 
     solo             one engine with all cores
-    oversubscribed   two engines at once, each with as many threads as there are cores
-    budgeted         two engines at once, each with its share, cores // 2
+    naive            two engines at once, each with as many threads as there are cores, libgomp's own spinning
+    oversubscribed   the same with the short spinning that CALM sets for every engine
+    budgeted         two engines at once, each with its share, cores // 2: what CALM does
 
 The rounds are interleaved, so that a slow minute of the machine hits all three alike.
 
@@ -20,7 +21,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from calm.backends.llamacpp import LlamaCppBackend
 from calm.backends.upstream import HttpUpstream
 from calm.ports import RunningEngine
 from calm.records import EngineSpec, ModelCard
+from calm.settings import cache_dir
 
 CHAT = "/v1/chat/completions"
 
@@ -47,17 +49,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def cached_weights() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "calm"
-    found = next(iter(sorted(cache.rglob("SmolLM2-135M*.gguf"))), None)
+    found = next(iter(sorted(cache_dir().rglob("SmolLM2-135M*.gguf"))), None)
     if found is None:
         raise SystemExit("no weights in the cache: run `calm models pull`, or give --weights FILE")
     return found
 
 
-def arrangements(cores: int) -> dict[str, list[int]]:
-    """Threads of each engine that runs at once."""
+LIBGOMP_SPINS = "300000"
+"""What libgomp takes where nobody sets GOMP_SPINCOUNT."""
+
+
+def arrangements(cores: int) -> dict[str, tuple[list[int], dict[str, str]]]:
+    """Threads of each engine that runs at once, and what its environment has beyond CALM's."""
     share = max(1, cores // 2)
-    return {"solo": [cores], "oversubscribed": [cores, cores], "budgeted": [share, share]}
+    return {
+        "solo": ([cores], {}),
+        "naive": ([cores, cores], {"GOMP_SPINCOUNT": LIBGOMP_SPINS}),
+        "oversubscribed": ([cores, cores], {}),
+        "budgeted": ([share, share], {}),
+    }
 
 
 async def answer(upstream: HttpUpstream, engine: RunningEngine, tokens: int) -> int:
@@ -80,8 +90,8 @@ async def measure(options: argparse.Namespace, weights: Path, run_dir: Path) -> 
     async with AsyncExitStack() as stack:
         upstream = await stack.enter_async_context(HttpUpstream())
         groups = {
-            name: [await started(stack, run_dir, weights, threads) for threads in counts]
-            for name, counts in arrangements(options.cores).items()
+            name: [await started(stack, run_dir, weights, threads, env) for threads in counts]
+            for name, (counts, env) in arrangements(options.cores).items()
         }
         for engines in groups.values():
             await tokens_per_second(upstream, engines, 8)
@@ -92,8 +102,10 @@ async def measure(options: argparse.Namespace, weights: Path, run_dir: Path) -> 
         return speeds
 
 
-async def started(stack: AsyncExitStack, run_dir: Path, weights: Path, threads: int) -> RunningEngine:
-    card = ModelCard(name="bench", description="benchmark", context=1024, engine=EngineSpec(slots=1))
+async def started(
+    stack: AsyncExitStack, run_dir: Path, weights: Path, threads: int, env: Mapping[str, str]
+) -> RunningEngine:
+    card = ModelCard(name="bench", description="benchmark", context=1024, engine=EngineSpec(slots=1, env=env))
     engine = await LlamaCppBackend(run_dir).start(card, weights, threads)
     stack.push_async_callback(engine.stop)
     return engine
@@ -103,12 +115,15 @@ def table(speeds: dict[str, list[float]], cores: int) -> str:
     solo = statistics.median(speeds["solo"])
     rows = [f"{'arrangement':<16}{'threads':>9}{'median tok/s':>14}{'min - max':>16}{'to solo':>9}"]
     for name, values in speeds.items():
-        threads = " + ".join(map(str, arrangements(cores)[name]))
+        threads = " + ".join(map(str, arrangements(cores)[name][0]))
         spread = f"{min(values):.1f} - {max(values):.1f}"
         median = statistics.median(values)
         rows.append(f"{name:<16}{threads:>9}{median:>14.1f}{spread:>16}{median / solo:>9.2f}")
-    gain = statistics.median(speeds["budgeted"]) / statistics.median(speeds["oversubscribed"])
-    return "\n".join([*rows, f"budgeted is {gain:.2f} times as fast as oversubscribed"])
+    for other in ("naive", "oversubscribed"):
+        gains = [mine / theirs for mine, theirs in zip(speeds["budgeted"], speeds[other], strict=True)]
+        spread = f"{min(gains):.2f}-{max(gains):.2f}"
+        rows.append(f"budgeted is {statistics.median(gains):.2f} ({spread}) times as fast as {other}")
+    return "\n".join(rows)
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ class EngineSpec(Strict, frozen=True, kw_only=True):
     cmd: str | None = None
     """command: template with {path} {port} {socket} {host} {threads} {context} {slots} {name}."""
     env: Mapping[str, str] = {}
-    """command: extra environment; the parent's secrets are not inherited."""
+    """llamacpp, command: extra environment; the parent's secrets are not inherited."""
     health: str = "/health"
     """command, openai: path that answers 200 when the engine is ready."""
     start_timeout_s: float = 120.0

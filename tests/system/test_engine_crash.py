@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import httpx
@@ -16,6 +17,8 @@ from tests.system.conftest import GEMMA, SMOL, TINY, Json, Launch, Server, alive
 pytestmark = pytest.mark.models
 
 STORY = "Tell me a long story about a dog."
+IN_HAND_S = 0.6
+"""An engine that had a request for this long is no stale connection: it may have died of the request."""
 
 
 def recovers(server: Server, model: str) -> str:
@@ -94,6 +97,7 @@ def test_a_crash_before_the_first_byte_fails_over(server: Server, policy: Callab
     asking.start()
     try:
         eventually("the request at the first choice", lambda: server.model(TINY)["in_flight"] == 1)
+        time.sleep(IN_HAND_S)
     finally:
         os.kill(engine.pid, signal.SIGKILL)
     asking.join(60)
@@ -117,6 +121,7 @@ def test_a_pinned_request_has_nobody_to_fail_over_to(server: Server) -> None:
     asking.start()
     try:
         eventually("the request in flight", lambda: server.model(GEMMA)["in_flight"] == 1)
+        time.sleep(IN_HAND_S)
     finally:
         os.kill(engine.pid, signal.SIGKILL)
     asking.join(60)

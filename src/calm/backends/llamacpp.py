@@ -74,7 +74,7 @@ class LlamaCppBackend:
         plan.write_bytes(msgspec.json.encode(child_plan(card, weights, threads, socket, library)))
         command = [sys.executable, "-I", "-S", str(CHILD), str(plan)]
         endpoint = Endpoint(base_url="http://localhost", model=card.name, socket=str(socket))
-        environment = clean_environment(self._inherited, ENGINE_ENVIRONMENT)
+        environment = clean_environment(self._inherited, {**ENGINE_ENVIRONMENT, **card.engine.env})
         return await bring_up(
             card, confined(card, command, home, weights), environment, endpoint, home, "/health"
         )
