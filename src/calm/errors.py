@@ -137,4 +137,5 @@ class UpstreamRejected(CalmError):
 
 
 class SourceError(CalmError):
+    status = 503
     code = "weights_unavailable"

@@ -242,7 +242,7 @@ def make_minilm(cache: Path) -> Embedder:
     """Raises SourceError when its weights are not in the cache."""
     found = cached_minilm(cache)
     if found is None:
-        raise SourceError("the MiniLM embedder is not here; fetch it with `calm models pull --assets`")
+        raise SourceError("it is not in the cache; fetch it with `calm models pull --assets`")
     return MiniLmEmbedder(*found)
 
 

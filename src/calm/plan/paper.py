@@ -100,7 +100,7 @@ class PaperPolicy:
     def build(cls, mode: Mode, embedder: Callable[[], Embedder] | None) -> PaperPolicy:
         """Makes the embedder now, so that missing weights are told at once. Raises SourceError."""
         if embedder is None:
-            raise _no_weights(mode, "none is configured")
+            raise _no_weights(mode, "none is configured; fetch it with `calm models pull --assets`")
         try:
             return cls(mode, embedder())
         except (CalmError, OSError, ImportError, ValueError) as error:
@@ -261,7 +261,6 @@ def _wrong(message: str) -> BadInput:
 
 def _no_weights(mode: Mode, reason: str) -> SourceError:
     return SourceError(
-        f"policy {mode.spec!r} compares MiniLM embeddings and the embedder is missing ({reason}); "
-        "run `calm models pull --assets` to fetch it, or choose another policy",
+        f"policy {mode.spec!r} compares MiniLM embeddings and the embedder is missing: {reason}",
         field="policy",
     )
