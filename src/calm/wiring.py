@@ -127,7 +127,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
     def policy(spec: str) -> Policy:
         return make_policy(
             spec,
-            embedder=lambda: make_minilm(cache),
+            embedder=lambda: load_minilm(cache),
             seed=settings.policy.seed,
             models=list(intake.cards) or None,
         )
@@ -240,9 +240,16 @@ def make_embedder(kind: str, cache: Path) -> Embedder | None:
 
 def make_minilm(cache: Path) -> Embedder:
     """Raises SourceError when its weights are not in the cache."""
+    try:
+        return load_minilm(cache)
+    except FileNotFoundError as error:
+        raise SourceError(f"policy.embedder: {error}; `calm models pull --assets` fetches it") from None
+
+
+def load_minilm(cache: Path) -> Embedder:
     found = cached_minilm(cache)
     if found is None:
-        raise SourceError("it is not in the cache; fetch it with `calm models pull --assets`")
+        raise FileNotFoundError("MiniLM is not in the cache")
     return MiniLmEmbedder(*found)
 
 

@@ -100,7 +100,7 @@ class PaperPolicy:
     def build(cls, mode: Mode, embedder: Callable[[], Embedder] | None) -> PaperPolicy:
         """Makes the embedder now, so that missing weights are told at once. Raises SourceError."""
         if embedder is None:
-            raise _no_weights(mode, "none is configured; fetch it with `calm models pull --assets`")
+            raise _no_weights(mode, "none is configured")
         try:
             return cls(mode, embedder())
         except (CalmError, OSError, ImportError, ValueError) as error:
@@ -261,6 +261,7 @@ def _wrong(message: str) -> BadInput:
 
 def _no_weights(mode: Mode, reason: str) -> SourceError:
     return SourceError(
-        f"policy {mode.spec!r} compares MiniLM embeddings and the embedder is missing: {reason}",
+        f"policy {mode.spec!r} compares MiniLM embeddings and the embedder is missing ({reason}); "
+        "fetch it with `calm models pull --assets`, or choose another policy",
         field="policy",
     )
