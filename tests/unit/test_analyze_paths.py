@@ -155,7 +155,10 @@ def teach(draw: random.Random, analyzer: Analyzer, names: list[str], lessons: in
 
 
 def assert_same(one: Estimate, other: Estimate) -> None:
-    """Means to nine digits. A spread is the root of a difference, so half a double's digits of its mean."""
+    """Means to nine digits. A spread is the root of a cancelling difference: what the last digits of its terms
+
+    differ by (numpy's exp and tanh are not libm's) comes out as the root of it, about 1e-7 of the mean.
+    """
     ours, theirs = msgspec.to_builtins(one), msgspec.to_builtins(other)
     assert ours.keys() == theirs.keys()
     assert ours.pop("model") == theirs.pop("model")
@@ -163,7 +166,7 @@ def assert_same(one: Estimate, other: Estimate) -> None:
         if isinstance(value, dict):
             assert theirs[key]["mean"] == pytest.approx(value["mean"], rel=1e-9, abs=1e-12), key
             assert theirs[key]["sd"] == pytest.approx(
-                value["sd"], rel=1e-9, abs=1e-7 * max(1.0, value["mean"])
+                value["sd"], rel=1e-9, abs=1e-6 * max(1.0, value["mean"])
             ), key
         elif value is None:
             assert theirs[key] is None, key
