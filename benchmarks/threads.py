@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=Path, help="a GGUF file (default: SmolLM2 from CALM's cache)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each arrangement runs (default: 5)")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens each answer has (default: 96)")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens each answer has (default: 16)")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cores to share out")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args(arguments)
