@@ -51,7 +51,7 @@ from calm.monitor.window import Workload
 from calm.plan import goals as goal_book
 from calm.plan.policies import make_policy
 from calm.ports import Embedder, Policy
-from calm.records import ModelCard, Residency
+from calm.records import ModelCard, ModelState, Residency
 from calm.settings import Settings
 from calm.sources.assets import cached_minilm
 from calm.stores.sqlite import SqliteStore
@@ -157,7 +157,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
         Steering(policy=policy("least-loaded"), preload=settings.memory.preload),
     )
     steer(orchestrator.steering, settings)
-    journal = Journal(clock, store, [orchestrator.moved, counted(metrics)])
+    journal = Journal(clock, store, [orchestrator.moved, counted(metrics, executor.snapshot_models)])
     executor.subscribe(journal.moved)
     await intake.start()
     orchestrator.steering.policy = policy(settings.policy.name)
@@ -279,12 +279,15 @@ def with_energy(card: ModelCard, watts_per_core: float | None) -> ModelCard:
     return replace(card, priors=replace(priors, energy_j_per_token=joules))
 
 
-def counted(metrics: Metrics) -> Callable[[str, Residency, Residency], None]:
-    """Residency changes that metrics count."""
+def counted(
+    metrics: Metrics, states: Callable[[], Mapping[str, ModelState]]
+) -> Callable[[str, Residency, Residency], None]:
+    """Residency changes that metrics count; `states` tells how long a load took."""
 
     def moved(model: str, old: Residency, new: Residency) -> None:
-        if old == "loading" and new == "failed":
-            metrics.loaded(model, None)
+        if old == "loading" and new in ("ready", "failed"):
+            state = states().get(model) if new == "ready" else None
+            metrics.loaded(model, state.load_s if state else None)
         if new == "unloading" and old in ("ready", "draining"):
             metrics.evicted(model)
 

@@ -11,9 +11,10 @@ import pytest
 
 from calm.backends.fake import FakeEngineServer, Script
 from calm.errors import BadInput, SourceError
-from calm.records import EngineSpec, ModelCard, PriorSpec
+from calm.gateway.metrics import Metrics
+from calm.records import EngineSpec, ModelCard, ModelState, PriorSpec
 from calm.settings import load_settings
-from calm.wiring import build, completed, make_minilm, runtime_directory
+from calm.wiring import build, completed, counted, make_minilm, runtime_directory
 
 
 def test_cards_are_completed_with_what_the_machine_knows() -> None:
@@ -32,6 +33,37 @@ def test_cards_are_completed_with_what_the_machine_knows() -> None:
     remote = ModelCard(name="c", description="c", engine=EngineSpec(kind="openai", url="http://localhost"))
     assert completed({"c": remote}, settings, 5.0)["c"] == remote
     assert completed({"a": card}, load_settings(environ={}), None)["a"] == card
+
+
+def test_metrics_count_every_load_and_eviction() -> None:
+    metrics = Metrics(lambda name: name == "a")
+    state = ModelState(
+        model="a",
+        residency="ready",
+        pinned=False,
+        in_flight=0,
+        waiting=0,
+        slots=1,
+        threads=1,
+        footprint_bytes=1,
+        footprint_measured=True,
+        load_s=0.5,
+        last_used_s=None,
+        failures=0,
+    )
+    moved = counted(metrics, lambda: {"a": state})
+    for old, new in (
+        ("loading", "ready"),
+        ("ready", "unloading"),
+        ("loading", "failed"),
+        ("cold", "loading"),
+    ):
+        moved("a", old, new)  # type: ignore[arg-type]
+    text = metrics.render()[0].decode()
+    assert 'calm_model_loads_total{model="a",result="ok"} 1.0' in text
+    assert 'calm_model_loads_total{model="a",result="failed"} 1.0' in text
+    assert 'calm_model_load_seconds_sum{model="a"} 0.5' in text
+    assert 'calm_model_evictions_total{model="a"} 1.0' in text
 
 
 def test_a_missing_embedder_says_how_to_get_it(tmp_path: Path) -> None:
