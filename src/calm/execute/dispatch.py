@@ -168,7 +168,7 @@ class Serving:
         except NotReached:
             dead = self._shared.executor.engine(model)
             await self._let_go()
-            if dead is None or not await self._shared.executor.gone(model, dead):
+            if dead is not None and not await self._shared.executor.gone(model, dead):
                 raise
         return await self._attempt(model)
 
