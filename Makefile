@@ -50,7 +50,7 @@ reference: $(VENV)/.dev ## regenerate the published JSON Schema and the referenc
 lock: $(VENV)/.dev ## resolve dependencies anew into requirements/*.lock
 	@$(BIN)/pip install -q uv
 	@$(LOCKUV) pyproject.toml requirements/build.in -o requirements/base.lock
-	@$(LOCKUV) --extra test --extra check pyproject.toml requirements/build.in -o requirements/dev.lock
+	@$(LOCKUV) --extra test --extra check --extra bench pyproject.toml requirements/build.in -o requirements/dev.lock
 
 bench-gateway: $(VENV)/.dev ## gateway overhead beside LiteLLM's proxy
 	@$(BIN)/python benchmarks/gateway.py
