@@ -1,7 +1,7 @@
 """The real thing, measured: real servers, engines and models over HTTP.
 
-    measure.py    `calm profile`: rates, load time, memory, power and answers of every model of a fleet
-    server.py     a CALM server of its own for each trial
-    client.py     sends a workload at its times, judges the answers, gives feedback
-    campaign.py   trials interleaved over policies and seeds; resumes where it was interrupted
+measure.py    `calm profile`: rates, load time, memory, power and answers of every model of a fleet
+server.py     a CALM server of its own for each trial
+client.py     sends a workload at its times, judges the answers, gives feedback
+campaign.py   trials interleaved over policies and seeds; resumes where it was interrupted
 """

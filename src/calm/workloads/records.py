@@ -52,3 +52,23 @@ class Workload(Record, frozen=True, kw_only=True):
     @property
     def duration_s(self) -> float:
         return self.arrivals_s[-1] if self.arrivals_s else 0.0
+
+
+class WorkloadSpec(Record, frozen=True, kw_only=True):
+    """How to make a workload, for any seed. Of requests, duration and rate any two say the third."""
+
+    arrivals: str = "poisson"
+    """poisson, constant, worldcup, azure, servegen[:MODEL], mooncake, csv:FILE."""
+    queries: str
+    """domains:NAME,NAME,... (all, evenly) or table:NAME-or-FILE[:TASK,TASK,...]."""
+    data: str | None = None
+    """Directory of the third-party data; traces and sets are read from it."""
+    answers: str | None = None
+    """An answers file (JSON lines of Recorded): what each model is known to answer to each query."""
+    requests: int | None = None
+    duration_s: float | None = None
+    rate_rps: float | None = None
+    split: str | None = None
+    """train or test; None: both."""
+    max_tokens: int | None = 128
+    """Sent with every request."""
