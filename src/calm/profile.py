@@ -111,7 +111,7 @@ def write_profile(profile: Profile, path: Path) -> None:
     """A TOML file that `read_profile` reads back to an equal profile."""
     import tomli_w
 
-    document = _without_none(msgspec.to_builtins(profile))
+    document = {key: _without_none(value) for key, value in msgspec.to_builtins(profile).items()}
     path.write_text(tomli_w.dumps(document), encoding="utf-8")
 
 
