@@ -41,6 +41,8 @@ class MachineProfile(Strict, frozen=True, kw_only=True):
     """Core tokens: engines may be active at once as long as their threads fit. 1: strictly one at a time."""
     contention: tuple[float, ...] = (1.0,)
     """Slowdown (>= 1) of each engine when 1, 2, ... engines are active; beyond the last one constant."""
+    loads_block: bool = False
+    """A load stops every engine meanwhile: one device, one thing at a time."""
     measured_at: str | None = None
     versions: Mapping[str, str] = {}
     meter: str | None = None
@@ -78,6 +80,8 @@ class ModelProfile(Strict, frozen=True, kw_only=True):
     """Joules of one load."""
     output_tokens: Mapping[str, Length]
     quality: Mapping[str, float] = {}
+    quality_sd: float | None = None
+    """Answers are graded with this spread (Beta) around their domain's quality; None: right or wrong."""
 
     def length(self, domain: str) -> Length:
         return self.output_tokens.get(domain) or self.output_tokens[DEFAULT]

@@ -43,7 +43,7 @@ from calm.execute.events import (
     Unpin,
     Want,
 )
-from calm.execute.eviction import parse_eviction
+from calm.execute.eviction import EvictionPolicy, parse_eviction
 from calm.execute.remotes import Remotes
 from calm.execute.residency import Machine
 from calm.execute.sizing import size_fleet
@@ -82,13 +82,14 @@ class Executor:
         limits: Limits,
         *,
         queue: Discipline = "fifo",
-        eviction: str = "calm",
+        eviction: str | EvictionPolicy = "calm",
         log_size: int = 1000,
     ) -> None:
-        """`backends` by engine kind. Raises BadInput when `eviction` is no policy."""
+        """`backends` by engine kind. Raises BadInput when `eviction` names no policy."""
         self._clock = clock
         self._limits = limits
-        self._machine = Machine(limits, parse_eviction(eviction), queue)
+        keep = parse_eviction(eviction) if isinstance(eviction, str) else eviction
+        self._machine = Machine(limits, keep, queue)
         self._room = EngineRoom(backends, weights, clock, self._feed)
         self._cards: dict[str, ModelCard] = {}
         self._tickets = itertools.count(1)

@@ -30,6 +30,12 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[GpuState, ...]
 
 
+class Sensors(Protocol):
+    """What the loop samples once a tick."""
+
+    def sample(self) -> Sample: ...
+
+
 class ControlGroup:
     """Limits of the control group of this process and of all above it, version 2 or 1. Missing means none."""
 

@@ -1,0 +1,195 @@
+"""The ports over the simulated machine: to the loop it looks like engines, HTTP, a meter and sensors.
+
+A request's body is its id; the upstream looks up what the model would answer to it (`Outcomes`) and puts the
+work into the engine. It answers what llama.cpp streams, shortened to two events: the first token, and the
+end with usage and timings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+import msgspec
+
+from calm.errors import LoadFailed, NotReached
+from calm.monitor.resources import Sample
+from calm.ports import UpstreamReply
+from calm.profile import Profile
+from calm.records import Ask, Decision, Endpoint, Features, Feedback, MeterKind, ModelCard, Outcome
+from calm.replay.machine import SimulatedEngine, SimulatedMachine, Work
+from calm.replay.outcomes import Outcomes, lognormal
+
+FIRST = b'data: {"choices":[{"delta":{"content":"."}}]}\n\n'
+METER = "simulated"
+
+
+class RunningSimulation:
+    """A RunningEngine of the simulated machine."""
+
+    def __init__(self, backend: SimulatedBackend, engine: SimulatedEngine, card: ModelCard) -> None:
+        self._backend = backend
+        self.engine = engine
+        self.card = card
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(base_url=str(self.engine.number), model=self.card.name)
+
+    def pids(self) -> tuple[int, ...]:
+        """Its number on the machine: what the meter knows it by."""
+        return (self.engine.number,)
+
+    def footprint_bytes(self) -> int | None:
+        return None if self.card.remote else self.engine.profile.memory_bytes
+
+    async def died(self) -> str:
+        crashed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await crashed  # simulated engines do not
+
+    async def stop(self) -> None:
+        if self.engine.number in self._backend.machine.engines:
+            await asyncio.sleep(self.engine.profile.unload_s)
+            self._backend.machine.remove(self.engine)
+
+
+class SimulatedBackend:
+    """An EngineBackend whose loads take the profile's time and whose engines live on the machine."""
+
+    def __init__(self, machine: SimulatedMachine, profile: Profile, seed: int) -> None:
+        self.machine = machine
+        self._profile = profile
+        self._random = Random(f"{seed}|loads")
+
+    async def start(self, card: ModelCard, weights: Path | None, threads: int) -> RunningSimulation:
+        profile = self._profile.models.get(card.name)
+        if profile is None:
+            raise LoadFailed(f"{card.name}: the profile does not know this model")
+        self.machine.load_began()
+        try:
+            spread = lognormal(1.0, profile.load_jitter, self._random.gauss(0, 1))
+            await asyncio.sleep(profile.load_s * spread)
+        finally:
+            self.machine.load_ended()
+        return RunningSimulation(self, self.machine.make(profile), card)
+
+
+class SimulatedUpstream:
+    """An Upstream into the engines of the machine."""
+
+    def __init__(self, machine: SimulatedMachine, outcomes: Outcomes) -> None:
+        self._machine = machine
+        self._outcomes = outcomes
+        self.sent: Counter[str] = Counter()
+        """Requests that reached an engine, by model."""
+
+    @asynccontextmanager
+    async def post(self, endpoint: Endpoint, path: str, body: bytes) -> AsyncIterator[UpstreamReply]:
+        engine = self._machine.engines.get(int(endpoint.base_url))
+        if engine is None:
+            raise NotReached(f"{endpoint.model} is no longer in memory")
+        self.sent[endpoint.model] += 1
+        reply = SimulatedReply(self._outcomes, engine, body.decode(), endpoint.model)
+        engine.admit(reply.work)
+        try:
+            yield reply
+        finally:
+            engine.cancel(reply.work)
+
+
+class SimulatedReply:
+    """An UpstreamReply: two events of a llama.cpp stream."""
+
+    status = 200
+    content_type = "text/event-stream"
+
+    def __init__(self, outcomes: Outcomes, engine: SimulatedEngine, request_id: str, model: str) -> None:
+        profile = engine.profile
+        self._answer = outcomes.of(request_id, model)
+        held = profile.cached_tokens if engine.served else 0.0
+        self._cached = int(min(held, self._answer.prompt_tokens - 1))
+        uncached = self._answer.prompt_tokens - self._cached
+        prefill_s = profile.overhead_s + uncached / profile.prefill_tps
+        stretch = self._answer.stretch
+        self.work = Work(prefill_s * stretch, self._answer.output_tokens, stretch)
+
+    async def read(self) -> bytes:
+        return b"".join([chunk async for chunk in self.chunks()])
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        await self.work.read
+        yield FIRST
+        await self.work.done
+        yield b"data: " + msgspec.json.encode(self._end()) + b"\n\ndata: [DONE]\n\n"
+
+    def _end(self) -> Mapping[str, object]:
+        answer, work = self._answer, self.work
+        read_s = (work.first_at_s or 0.0) - (work.reads_since_s or 0.0)
+        return {
+            "choices": [{"delta": {}, "finish_reason": "stop"}],
+            "usage": {
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.output_tokens,
+                "prompt_tokens_details": {"cached_tokens": self._cached},
+            },
+            "timings": {"prompt_ms": 1000 * read_s, "cache_n": self._cached},
+        }
+
+
+class SimulatedMeter:
+    """A Meter: joules of the machine's engines by their numbers."""
+
+    name = METER
+    kind: MeterKind = "modelled"
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self._machine = machine
+
+    def read(self, groups: Mapping[str, Sequence[int]]) -> Mapping[str, float]:
+        return {name: joules for name, pids in groups.items() if (joules := self._joules(pids)) is not None}
+
+    def _joules(self, numbers: Sequence[int]) -> float | None:
+        engine = self._machine.engines.get(numbers[0]) if numbers else None
+        if engine is None:
+            return None
+        engine.settle()
+        return engine.joules
+
+
+class SimulatedSensors:
+    """What `Resources` samples in service: here the machine never changes."""
+
+    def __init__(self, cores: int, memory_bytes: int) -> None:
+        self._sample = Sample(
+            cores=cores,
+            cpu_load=0.0,
+            memory_total_bytes=memory_bytes,
+            memory_available_bytes=memory_bytes,
+            gpus=(),
+        )
+
+    def sample(self) -> Sample:
+        return self._sample
+
+
+class Forgetful:
+    """A KnowledgeStore that keeps nothing: a trial's rows are taken as they end."""
+
+    def record_decision(self, ask: Ask, features: Features, decision: Decision) -> None: ...
+
+    def record_outcome(self, outcome: Outcome) -> None: ...
+
+    def record_feedback(self, feedback: Feedback) -> None: ...
+
+    def checkpoint(self, name: str, state: bytes) -> None: ...
+
+    def restore(self, name: str) -> bytes | None:
+        return None
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,149 @@
+"""What nobody can have in service, for bounds: policies that see the outcomes, an eviction that sees the future.
+
+oracle        the model whose answer to this query is best; of equally good ones the soonest predicted to end
+oracle:calm   our QoS score with the true quality and length of every answer in place of the predicted ones
+belady        evicts the model whose next use is farthest away (Belady, IBM Systems Journal 1966), by the
+              choices of a first pass of the same trial. With models of unequal size and load time, or a policy
+              that looks at residency, it is no longer a strict bound
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
+
+from calm.errors import BadInput
+from calm.execute.eviction import Rank, Standing
+from calm.plan.policies import CalmPolicy
+from calm.records import (
+    Ask,
+    Belief,
+    Candidate,
+    Estimate,
+    Features,
+    History,
+    ModelCard,
+    Snapshot,
+    Term,
+    Weights,
+)
+from calm.replay.outcomes import Outcomes
+
+NEVER = float("inf")
+SOONER = 1e-3
+"""Weight of the predicted end against quality: it only orders equally good answers."""
+
+
+class OraclePolicy:
+    """Best true quality first; equals by predicted end."""
+
+    name = "oracle"
+
+    def __init__(self, outcomes: Outcomes) -> None:
+        self._outcomes = outcomes
+
+    def rank(
+        self,
+        ask: Ask,
+        features: Features,
+        snapshot: Snapshot,
+        cards: Mapping[str, ModelCard],
+        estimates: Mapping[str, Estimate],
+        histories: Mapping[str, History],
+        weights: Weights,
+    ) -> tuple[Candidate, ...]:
+        true = truths(self._outcomes, ask, estimates)
+        slowest = max((e.total_s.mean for e in true.values()), default=1.0) or 1.0
+        found = [oracle_candidate(name, true[name], slowest) for name in cards]
+        return tuple(sorted(found, key=lambda c: (c.score, c.model)))
+
+
+class ForesightPolicy:
+    """The QoS score on true quality and true length; waiting and loading are still predicted."""
+
+    name = "oracle:calm"
+
+    def __init__(self, outcomes: Outcomes) -> None:
+        self._outcomes = outcomes
+        self._score = CalmPolicy()
+
+    def rank(
+        self,
+        ask: Ask,
+        features: Features,
+        snapshot: Snapshot,
+        cards: Mapping[str, ModelCard],
+        estimates: Mapping[str, Estimate],
+        histories: Mapping[str, History],
+        weights: Weights,
+    ) -> tuple[Candidate, ...]:
+        true = truths(self._outcomes, ask, estimates)
+        return self._score.rank(ask, features, snapshot, cards, true, histories, weights)
+
+
+def truths(outcomes: Outcomes, ask: Ask, estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """The estimates with the quality and length that will come out, and what follows from the length."""
+    return {name: truth(outcomes, ask, name, estimate) for name, estimate in estimates.items()}
+
+
+def truth(outcomes: Outcomes, ask: Ask, model: str, estimate: Estimate) -> Estimate:
+    answer = outcomes.of(ask.request_id, model)
+    share = answer.output_tokens / max(estimate.output_tokens.mean, 1.0)
+    decode_s = estimate.decode_s.mean * share
+    energy = estimate.energy_j
+    whole_s = max(estimate.prefill_s.mean + estimate.decode_s.mean, 1e-9)
+    worked = (estimate.prefill_s.mean + decode_s) / whole_s
+    return replace(
+        estimate,
+        output_tokens=Belief(mean=answer.output_tokens, sd=0.0),
+        decode_s=Belief(mean=decode_s, sd=0.0),
+        total_s=Belief(mean=estimate.ttft_s.mean + decode_s, sd=0.0),
+        quality=Belief(mean=answer.quality, sd=0.0),
+        energy_j=None if energy is None else Belief(mean=energy.mean * worked, sd=0.0),
+    )
+
+
+def oracle_candidate(model: str, true: Estimate, slowest_s: float) -> Candidate:
+    loss, sooner = 1.0 - true.quality.mean, true.total_s.mean / slowest_s
+    return Candidate(
+        model=model,
+        score=loss + SOONER * sooner,
+        terms=(
+            Term(name="quality", value=true.quality.mean, regret=loss, weight=1.0),
+            Term(name="latency", value=true.total_s.mean, regret=sooner, weight=SOONER),
+        ),
+    )
+
+
+class BeladyEviction:
+    """Keeps what is wanted soonest.
+
+    `order` are the models of the first pass in the order of arrival; `sent` counts each model's requests that
+    have reached an engine, so the n-th use of a model is the n-th time it stands in `order`.
+    """
+
+    def __init__(self, order: Sequence[str], sent: Mapping[str, int], max_resident: int | None) -> None:
+        self.name = "belady" if max_resident is None else f"belady:{max_resident}"
+        self.max_resident = max_resident
+        self._sent = sent
+        self._places: dict[str, list[int]] = {}
+        for place, model in enumerate(order):
+            self._places.setdefault(model, []).append(place)
+
+    def keep(self, standing: Standing, at_s: float) -> Rank:
+        places, used = self._places.get(standing.model, []), self._sent.get(standing.model, 0)
+        following = places[used] if used < len(places) else NEVER
+        return -following, standing.last_used_s
+
+
+def belady_count(spec: str) -> int | None:
+    """`belady` or `belady:K`. Raises BadInput (field `cache`)."""
+    _, colon, count = spec.partition(":")
+    if not colon:
+        return None
+    if not count.isdigit() or int(count) < 1:
+        raise BadInput(
+            f"cache {spec!r}: after the colon stands how many models may be resident", field="cache"
+        )
+    return int(count)
