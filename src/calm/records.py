@@ -314,6 +314,9 @@ class History(Record, frozen=True, kw_only=True, gc=False):
     """Means over a model's last k = 100 observations, None before the first: the paper's dyn_l."""
 
     latency_s: float | None = None
+    """Arrival to last byte."""
+    service_s: float | None = None
+    """Inference alone: latency without waiting for a turn or a load."""
     energy_j: float | None = None
     memory_bytes: float | None = None
     rating: float | None = None

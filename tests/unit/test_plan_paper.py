@@ -124,9 +124,9 @@ def test_lambda_zero_is_the_similarity_alone() -> None:
 
 def test_pro_latency_is_one_minus_sim_plus_lambda_times_the_normalised_mean() -> None:
     seen = {
-        "medical": History(latency_s=10.0),
-        "legal": History(latency_s=2.0),
-        "finance": History(latency_s=6.0),
+        "medical": History(service_s=10.0),
+        "legal": History(service_s=2.0),
+        "finance": History(service_s=6.0),
     }
     ranked = rank("latency:0.3", seen)
     assert paper_value(ranked["medical"]) == pytest.approx(0.1 + 0.3 * 1.0, abs=1e-6)
@@ -162,7 +162,7 @@ def test_pro_cache_adds_lambda_to_the_resident() -> None:
 
 
 def test_equal_observations_make_no_difference() -> None:
-    same = {name: History(latency_s=3.0) for name in SIMS}
+    same = {name: History(service_s=3.0) for name in SIMS}
     assert paper_value(rank("latency:0.3", same)["medical"]) == pytest.approx(0.1, abs=1e-6)
 
 
@@ -182,9 +182,9 @@ def test_spearman_gives_equal_values_their_mean_rank() -> None:
 
 def test_several_metrics_may_pull_in_both_directions() -> None:
     seen = {
-        "medical": History(latency_s=10.0, rating=1.0),
-        "legal": History(latency_s=2.0, rating=5.0),
-        "finance": History(latency_s=6.0, rating=5.0),
+        "medical": History(service_s=10.0, rating=1.0),
+        "legal": History(service_s=2.0, rating=5.0),
+        "finance": History(service_s=6.0, rating=5.0),
     }
     ranked = rank("latency+confidence:0.2,0.3", seen)
     assert list(ranked) == sorted(ranked, key=lambda name: ranked[name].score)

@@ -142,6 +142,7 @@ class _Model:
     def __init__(self) -> None:
         self.rate = Rate()
         self.latency_s = Ring()
+        self.service_s = Ring()
         self.energy_j = Ring()
         self.memory_bytes = Ring()
         self.rating = Ring()
@@ -151,6 +152,7 @@ class _Model:
     def rings(self) -> dict[str, Ring]:
         return {
             "latency_s": self.latency_s,
+            "service_s": self.service_s,
             "energy_j": self.energy_j,
             "memory_bytes": self.memory_bytes,
             "rating": self.rating,
@@ -160,6 +162,7 @@ class _Model:
     def history(self) -> History:
         return History(
             latency_s=self.latency_s.mean,
+            service_s=self.service_s.mean,
             energy_j=self.energy_j.mean,
             memory_bytes=self.memory_bytes.mean,
             rating=self.rating.mean,
@@ -223,6 +226,7 @@ class Workload:
         model = self._model(outcome.model)
         model.observations += 1
         model.latency_s.add(outcome.total_s)
+        model.service_s.add(max(0.0, outcome.total_s - outcome.queue_s - outcome.load_s))
         if outcome.ttft_s is not None:
             model.ttft_s.add(outcome.ttft_s)
         if outcome.energy is not None:

@@ -12,7 +12,9 @@ lowest first, so 1 + lambda - score stands for a score where the highest wins: t
 paper's own number is the value of the term `paper`.
 
 Where the paper is silent we chose: latency and energy are min-max normalised over the models being ranked
-(all equal: 0); confidence c becomes (c - 1) / 4, which maps its whole scale 1..5 to 0..1.
+(all equal: 0); confidence c becomes (c - 1) / 4, which maps its whole scale 1..5 to 0..1; latency is inference
+time, as in its STCF: with the wait included, a model's mean says when it was used rather than how fast it is, and
+the published effect of pro-latency does not come out (docs/benchmarks.md).
 
 Several metrics at once (`paper:latency+energy:0.1,0.1`) use the paper's proposed, not evaluated, correction
 lambda'_l = lambda_l / (1 + sum of |rho(l, l')| over the others), rho Spearman's over the models ranked.
@@ -157,7 +159,7 @@ def _observed(
     known = [histories.get(name, unseen) for name in names]
     match metric:
         case "latency":
-            return [_or(history.latency_s, 0.0) for history in known]
+            return [_or(history.service_s, 0.0) for history in known]
         case "energy":
             return [_or(history.energy_j, 0.0) for history in known]
         case "confidence":
