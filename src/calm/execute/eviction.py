@@ -7,6 +7,10 @@ lru       least recently used, the CALM paper's cache (arXiv 2602.03632)
 lfu       least frequently used since it was loaded, the oldest use breaks ties
 fifo      longest in memory
 NAME:K    the same, and at most K models resident: the paper's cap, in addition to the byte budget
+
+`calm` also gives turns: while a waiter needs memory that busy models hold, each of them goes on serving its own
+waiters for TURN_SHARE of the time that waiter has waited, so that a long queue is served in batches by model. With
+the others the head of the queue gets its way at once, and under overload every few requests pay a load.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ import msgspec
 from calm.errors import BadInput
 
 Rank = tuple[float, float]
+
+TURN_SHARE = 0.2
+"""Of the wait so far: nobody waits more than so much longer per model before him, however long the queue is."""
 
 
 class Standing(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +53,11 @@ class EvictionPolicy(Protocol):
         """At most so many local models in memory; None: only bytes count."""
         ...
 
+    @property
+    def turn_share(self) -> float:
+        """How much longer a busy model keeps its place, as a share of the wait of whoever needs it."""
+        ...
+
     def keep(self, standing: Standing, at_s: float) -> Rank:
         """How much keeping this model is worth; the lowest goes first."""
         ...
@@ -57,6 +69,7 @@ class RankedEviction:
     def __init__(self, rule: str, keep: Callable[[Standing, float], Rank], max_resident: int | None) -> None:
         self.name = rule if max_resident is None else f"{rule}:{max_resident}"
         self.max_resident = max_resident
+        self.turn_share = TURN_SHARE if rule == "calm" else 0.0
         self._keep = keep
 
     def keep(self, standing: Standing, at_s: float) -> Rank:

@@ -11,8 +11,8 @@ waiter is attended to:
        fits once what is leaving is gone         -> claim that memory, wait
        fits without some idle models             -> evict them, claim their memory
        waiting since bypass_s                    -> no load behind it starts; busy models that had their
-                                                   minimum residence drain, that is take nobody who stands
-                                                   behind this waiter, and are evicted when idle
+                                                   minimum residence and their turn drain, that is take nobody
+                                                   who stands behind this waiter, and are evicted when idle
     4. loading or unloading                      -> wait
 
 Drains and yields are found anew in every round (those already draining are taken first), so one whose reason
@@ -212,8 +212,19 @@ def _find_victims(state: State, this: Round, waiter: Waiter, gap: Gap) -> tuple[
     found = _choose(state, this, unwaited, gap)
     if found is not None:
         return found
-    used = [e for e in movable if e not in unwaited and this.at_s >= e.stays_until_s(state.limits)]
+    used = [e for e in movable if e not in unwaited and this.at_s >= _turn_ends_s(state, this, e, waiter)]
     return _choose(state, this, [*unwaited, *(e for e in used if _behind(state, e, waiter))], gap)
+
+
+def _turn_ends_s(state: State, this: Round, entry: Entry, waiter: Waiter) -> float:
+    """When a busy model has to make room: after its minimum residence, and after its turn if it is waited for.
+
+    A turn's end needs no alarm: a model that has a turn serves, and each release starts a round.
+    """
+    turn_s = (
+        state.eviction.turn_share * (this.at_s - waiter.arrived_s) if state.queue.count(entry.name) else 0.0
+    )
+    return max(entry.stays_until_s(state.limits), entry.ready_at_s + turn_s)
 
 
 def _movable(state: State) -> list[Entry]:

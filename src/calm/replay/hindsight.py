@@ -126,6 +126,7 @@ class BeladyEviction:
     def __init__(self, order: Sequence[str], sent: Mapping[str, int], max_resident: int | None) -> None:
         self.name = "belady" if max_resident is None else f"belady:{max_resident}"
         self.max_resident = max_resident
+        self.turn_share = 0.0
         self._sent = sent
         self._places: dict[str, list[int]] = {}
         for place, model in enumerate(order):
