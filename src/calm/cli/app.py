@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from calm.cli.ask import ask
+from calm.cli.bench import bench
 from calm.cli.config import config
 from calm.cli.doctor import doctor
 from calm.cli.explain import explain
@@ -14,6 +15,9 @@ from calm.cli.keys import keys
 from calm.cli.knowledge import knowledge
 from calm.cli.models import models
 from calm.cli.policy import goal, policy
+from calm.cli.profile import profile
+from calm.cli.replay import replay
+from calm.cli.report import report
 from calm.cli.serve import serve
 from calm.cli.version import version
 
@@ -34,6 +38,7 @@ def calm() -> None:
 
 
 for command in (
-    serve, ask, explain, feedback, models, doctor, config, keys, knowledge, policy, goal, version,
+    serve, ask, explain, feedback, models, doctor, config, keys, knowledge, policy, goal,
+    replay, profile, bench, report, version,
 ):  # fmt: skip
     calm.add_command(command)

@@ -183,6 +183,8 @@ class _Trial:
                 return OraclePolicy(self.outcomes)
             case "oracle:calm":
                 return ForesightPolicy(self.outcomes)
+            case "hindsight":  # a point of the grid of static weights: our policy with them
+                return make_policy("calm")
             case spec:
                 return make_policy(
                     spec, embedder=self.house.minilm, seed=self.workload.seed, models=list(self.fleet)
@@ -382,6 +384,11 @@ class RememberingEmbedder:
     def __init__(self, inner: Embedder) -> None:
         self.name, self.dimensions = inner.name, inner.dimensions
         self.embed: Callable[[str], Vector] = lru_cache(maxsize=1 << 15)(inner.embed)
+
+
+def remembering(make: Callable[[], Embedder] | None) -> Callable[[], Embedder] | None:
+    """The same embedder made once and asked each text once."""
+    return None if make is None else lru_cache(maxsize=1)(lambda: RememberingEmbedder(make()))
 
 
 @lru_cache(maxsize=1)

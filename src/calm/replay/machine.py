@@ -91,7 +91,9 @@ class SimulatedEngine:
         passed_s, self._settled_s = now_s - self._settled_s, now_s
         if passed_s <= 0:
             return
-        self.joules += passed_s * (self.profile.active_w if self.active and self._speed > 0 else self.profile.idle_w)
+        self.joules += passed_s * (
+            self.profile.active_w if self.active and self._speed > 0 else self.profile.idle_w
+        )
         if self._reading:
             self._reading[0].prefill_left_s -= passed_s * self._speed
         elif self._decoding:
