@@ -297,3 +297,18 @@ def _forget() -> None:
     from calm.workloads.traces import _read_rates
 
     _read_rates.cache_clear()
+
+
+def test_the_whole_trace_thinned_keeps_its_rush(tmp_path: Path) -> None:
+    """A quiet hour of one arrival a second, then a rush of ten: a window shows one of them, the whole both."""
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    pack(traces / "worldcup98_day53.txt.gz", "1\n" * 1000 + "0.1\n" * 1000)
+    whole = spec("worldcup:whole", data=tmp_path, requests=200, duration_s=100.0)
+    times = np.asarray(make_arrivals(whole, 0))
+    assert len(times) == 200
+    assert (times[0], times[-1]) == (0.0, 100.0)
+    assert np.all(np.diff(times) >= 0)
+    assert 70 <= np.sum(times > 90.0) <= 130  # the last eleventh of the time holds half of the requests
+    assert make_arrivals(whole, 0) == make_arrivals(whole, 0) != make_arrivals(whole, 1)
+    assert "need --requests" in refused("worldcup:whole", data=tmp_path, duration_s=10.0).message

@@ -7,7 +7,8 @@ Requests, duration and rate are bound by one equation, whatever the source:
 Any two say the third. A recorded trace gives that many consecutive arrivals, from a place drawn by the seed,
 stretched or pressed linearly to the duration: the shape stays, only the unit of time changes. Given alone, on
 a recorded trace, `requests` are taken at their own times, `duration` is a window of that many seconds at its
-own times, and `rate` is the whole trace at that mean rate.
+own times, and `rate` is the whole trace at that mean rate. `NAME:whole` takes its arrivals from the whole trace
+instead, each with equal chance: the trace's rise and fall in few requests.
 
 docs/reference/workloads.md lists every combination.
 """
@@ -25,6 +26,7 @@ from calm.workloads.records import WorkloadSpec
 from calm.workloads.traces import FIELD, FILES, Floats, RateSeries, read_rates, read_trace
 
 SYNTHETIC = ("poisson", "constant")
+WHOLE = "whole"
 MAX_REQUESTS = 1_000_000
 """More than a replay can hold; a mistyped rate must not fill memory."""
 
@@ -51,11 +53,13 @@ def make_arrivals(spec: WorkloadSpec, seed: int) -> tuple[float, ...]:
         return _seal(_synthetic(name, spec, rng))
     if name == "servegen":
         return _seal(_modulated(read_rates(detail, spec.data), spec, rng))
-    if (name in FILES and not detail) or (name == "csv" and detail):
+    if name in FILES and detail in ("", WHOLE):
+        return _seal(_recorded(read_trace(name, "", spec.data), spec, rng, thinned=detail == WHOLE))
+    if name == "csv" and detail:
         return _seal(_recorded(read_trace(name, detail, spec.data), spec, rng))
     raise BadInput(
-        f'"{spec.arrivals}" is no arrival process; there are {", ".join((*SYNTHETIC, *FILES))}, '
-        f"servegen[:MODEL] and csv:FILE; see {REFERENCE}",
+        f'"{spec.arrivals}" is no arrival process; there are {", ".join((*SYNTHETIC, *FILES))} (recorded ones '
+        f"also as NAME:{WHOLE}), servegen[:MODEL] and csv:FILE; see {REFERENCE}",
         field=FIELD,
     )
 
@@ -131,24 +135,45 @@ def _synthetic(name: str, spec: WorkloadSpec, rng: np.random.Generator) -> Float
 # --- recorded -------------------------------------------------------------------------------------
 
 
-def _recorded(trace_s: Floats, spec: WorkloadSpec, rng: np.random.Generator) -> Floats:
+def _recorded(
+    trace_s: Floats, spec: WorkloadSpec, rng: np.random.Generator, *, thinned: bool = False
+) -> Floats:
     requests, duration_s = extent(spec)
     if requests is None and duration_s is not None:
+        if thinned:
+            raise BadInput(f"arrivals {spec.arrivals} need --requests, or --rate and --duration", field=FIELD)
         return _seconds_of(trace_s, duration_s, rng)
     if requests is None:
         requests, duration_s = len(trace_s), (len(trace_s) - 1) / (spec.rate_rps or 1.0)
         _check_count(requests)
-    window_s = _consecutive(trace_s, requests, rng)
+    window_s = (_thinned if thinned else _consecutive)(trace_s, requests, rng)
     return window_s - window_s[0] if duration_s is None else fit(window_s, duration_s)
+
+
+def _thinned(trace_s: Floats, requests: int, rng: np.random.Generator) -> Floats:
+    """That many arrivals of the whole trace, each equally likely: a thinned process keeps its rate's shape.
+
+    (Lewis and Shedler, Naval Research Logistics 1979.)
+    """
+    if requests > len(trace_s):
+        raise _too_few(requests, trace_s)
+    chosen: Floats = np.sort(rng.choice(trace_s, requests, replace=False))
+    if requests > 1 and chosen[-1] == chosen[0]:
+        raise BadInput("the arrivals drawn are all at one moment; give more --requests", field=FIELD)
+    return chosen
+
+
+def _too_few(requests: int, trace_s: Floats) -> BadInput:
+    return BadInput(
+        f"{requests} requests wanted, but the trace has {len(trace_s)} arrivals; give a smaller --requests",
+        field=FIELD,
+    )
 
 
 def _consecutive(trace_s: Floats, requests: int, rng: np.random.Generator) -> Floats:
     """A window of that many arrivals, uniformly among those that are not all at one moment."""
     if requests > len(trace_s):
-        raise BadInput(
-            f"{requests} requests wanted, but the trace has {len(trace_s)} arrivals; give a smaller --requests",
-            field=FIELD,
-        )
+        raise _too_few(requests, trace_s)
     if requests == 1:
         return trace_s[:1]
     starts = np.flatnonzero(trace_s[requests - 1 :] > trace_s[: len(trace_s) - requests + 1])
