@@ -60,7 +60,7 @@ def test_drawing_leaves_matplotlibs_settings_as_they_were(style: None) -> None:
 STUDIES: dict[str, partial[Study]] = {
     "one setup": partial(make_study, policies=("calm",), seeds=1, requests=60, energy=False),
     "a single request": partial(make_study, policies=("calm",), seeds=1, requests=1),
-    "few rows, no quality": partial(make_study, policies=("calm", "random"), seeds=2, requests=6, quality=False, failures=0.4),
+    "few rows, no quality": partial(make_study, seeds=2, requests=6, quality=False, failures=0.4),
     "no samples": partial(make_study, policies=("calm",), seeds=2, requests=60, samples=False),
     "twelve setups": partial(
         make_study,

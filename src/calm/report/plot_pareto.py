@@ -35,6 +35,7 @@ FRONT = "front"
 
 FRONT_BOXES = 25
 NAMED = 6
+FRONT_NAMED = 8
 KEY_COLUMNS = 4
 
 
@@ -61,8 +62,9 @@ class Point(NamedTuple):
 def draw_pareto(summaries: Sequence[Summary], looks: Sequence[Look], scenario: str) -> Figure | None:
     """Up to three panels, those whose figures somebody has; None where there is none.
 
-    Up to six setups are named where they stand; of more, those that no other beats (where these are six or
-    fewer), and a key names all. Bars are 95 % intervals over seeds. A grey line joins the setups that no other beats in both figures.
+    Up to six setups are named where they stand; of more, those that no other beats (where these are eight or
+    fewer), and a key names all. Bars are 95 % intervals over seeds. A grey line joins the setups that no other
+    beats in both figures.
     """
     panels = [
         (across, up, points)
@@ -85,7 +87,7 @@ def draw_pareto(summaries: Sequence[Summary], looks: Sequence[Look], scenario: s
     figure.set_layout_engine("none")
     for one, (across, up, points) in zip(axes, panels, strict=True):
         named = _best(across, up, points) if key_rows else list(range(len(points)))
-        _name_points(one, points, named if len(named) <= NAMED else [])
+        _name_points(one, points, named if len(named) <= FRONT_NAMED else [])
     return figure
 
 
