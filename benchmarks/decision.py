@@ -1,7 +1,8 @@
 """What a decision costs: from a request's text to a ranked list of models, embedding included.
 
 In one process, with the real Monitor, Analyzer, policies and residency machine; only the engines are scripted
-(a decision never touches them). Every query is a text not seen before, so no cache of embeddings helps. As in
+(a decision never touches them). Every query is a text not seen before, so no cache of embeddings helps, and a
+resident model's state changes between two decisions, so that no two see the same snapshot. As in
 service the garbage collector runs and the last 2,048 decisions stay in memory. Each variant is a process of
 its own, which first makes as many decisions as are kept (fewer for large fleets); then the variants take
 turns, round by round, so that machine noise hits all alike. The breakdown comes from a second pass, since
@@ -49,7 +50,7 @@ from calm.execute.dispatch import Dispatcher
 from calm.execute.events import Limits
 from calm.execute.executor import Executor
 from calm.gateway.relay import encode_for
-from calm.loop import RECENT, Orchestrator, Parts, Steering
+from calm.loop import RECENT, RECORDED, Orchestrator, Parts, Steering
 from calm.meters.absent import AbsentMeter
 from calm.meters.ledger import EnergyLedger
 from calm.monitor.features import extract
@@ -59,6 +60,7 @@ from calm.monitor.window import Workload
 from calm.plan import goals as goal_book
 from calm.plan.feasible import feasible, within_limits
 from calm.plan.policies import make_policy
+from calm.plan.shortlist import finalists
 from calm.ports import Embedder
 from calm.records import Ask, Decision, Features, ModelCard, Outcome, Reading, Vector
 from calm.registry import load_fleet
@@ -215,6 +217,13 @@ def teach(loop: Orchestrator, answers: int = 300) -> None:
         parts.workload.observed(outcome)
 
 
+def stir(loop: Orchestrator) -> None:
+    """A resident model's state is a new record afterwards, and says the same."""
+    name = next(iter(loop.fleet))
+    loop.parts.executor.pin(name)
+    loop.parts.executor.unpin(name)
+
+
 # --- measuring ------------------------------------------------------------------------------------
 
 
@@ -241,6 +250,7 @@ class Bench:
         parts, times_ms = self.loop.parts, []
         for _ in range(decisions):
             ask = next(self._asks)
+            stir(self.loop)
             started_s = time.perf_counter()
             features = extract(ask, parts.embedder, parts.language)
             decision = self.loop.decide(ask, features)
@@ -250,7 +260,10 @@ class Bench:
 
     def dissect(self, decisions: int) -> dict[str, float]:
         """Median milliseconds of each part."""
-        found = [dissected(self.loop, next(self._asks)) for _ in range(decisions)]
+        found = []
+        for _ in range(decisions):
+            stir(self.loop)
+            found.append(dissected(self.loop, next(self._asks)))
         return {part: 1000 * statistics.median(one[part] for one in found) for part in found[0]}
 
     def profile(self, decisions: int) -> str:
@@ -348,13 +361,14 @@ def dissected(loop: Orchestrator, ask: Ask) -> dict[str, float]:
     estimates = parts.analyzer.estimate_all(ask, features, snapshot, kept)
     marks.append(clock())
     within, refused = within_limits(estimates, kept, ask, ask.arrived_s, refused)
-    left = {name: kept[name] for name in within}
+    able = kept if within is estimates else {name: kept[name] for name in within}
+    marks.append(clock())
+    left, within = finalists(steering.policy, ask, snapshot, able, within, weights, RECORDED)
     marks.append(clock())
     histories = parts.workload.histories()
-    marks.append(clock())
     steering.policy.rank(ask, features, snapshot, left, within, histories, weights)
     marks.append(clock())
-    names = ("features", "snapshot", "feasible", "estimate", "limits", "histories", "rank")
+    names = ("features", "snapshot", "feasible", "estimate", "limits", "shortlist", "rank")
     found = {name: after - before for name, before, after in zip(names, marks, marks[1:], strict=False)}
     found["features"] -= watch.embed_s + watch.language_s
     return {"embed": watch.embed_s, "language": watch.language_s, **found}
@@ -373,8 +387,8 @@ def plan(sizes: Sequence[int]) -> Iterator[Variant]:
 
 
 def fewer(decisions: int, models: int) -> int:
-    """As many decisions of a large fleet as cost about as much as those of ten models."""
-    return max(50, decisions * 10 // max(10, models))
+    """As many decisions of a large fleet as cost about as much as those of ten models, and enough for a p99."""
+    return min(decisions, max(300, decisions * 10 // max(10, models)))
 
 
 def measure(args: argparse.Namespace) -> list[Worker]:
@@ -444,7 +458,7 @@ def report(rows: Sequence[Mapping[str, object]]) -> str:
         for one in rows
     ]
     return "\n".join(
-        [*heads, *times, "\nmedian of each part, microseconds", title, *split, f"\n{verdict(rows[0])}"]
+        [*heads, *times, "\nmedian of each part, microseconds", title, *split, "", *verdicts(rows)]
     )
 
 
@@ -460,6 +474,16 @@ def verdict(first: Mapping[str, object]) -> str:
     good = p50 < P50_GOAL_MS and p99 < P99_GOAL_MS
     goal = f"goal p50 < {P50_GOAL_MS:g} ms, p99 < {P99_GOAL_MS:g} ms"
     return f"{'PASS' if good else 'FAIL'}  {first['variant']}: p50 {p50:.3f} ms, p99 {p99:.3f} ms ({goal})"
+
+
+def verdicts(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    """The first variant by both goals, the largest fleet by that for the tail."""
+    yield verdict(rows[0])
+    largest = max(rows, key=lambda one: int(str(one["models"])))
+    if largest["models"] != rows[0]["models"]:
+        p99 = float(str(largest["p99_ms"]))
+        word = "PASS" if p99 < P99_GOAL_MS else "FAIL"
+        yield f"{word}  {largest['variant']}: p99 {p99:.3f} ms (goal < {P99_GOAL_MS:g} ms)"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:

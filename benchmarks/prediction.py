@@ -13,7 +13,7 @@ import gzip
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def fleet_costs(embedder: StaticEmbedder, asked: list[tuple[Ask, Features]], siz
     repeats = 1000 if size < 100 else 100
     turn = cycle(asked)
 
-    def estimate() -> dict[str, Estimate]:
+    def estimate() -> Mapping[str, Estimate]:
         question, features = next(turn)
         return analyzer.estimate_all(question, features, snapshot, cards)
 

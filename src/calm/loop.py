@@ -28,11 +28,13 @@ from calm.execute.endings import describe, status_of
 from calm.execute.executor import Executor
 from calm.meters.ledger import EnergyLedger
 from calm.monitor.features import extract
-from calm.monitor.resources import Resources
+from calm.monitor.resources import Sensors
 from calm.monitor.window import Workload
 from calm.plan import goals as goal_book
 from calm.plan.feasible import feasible, within_limits
+from calm.plan.floor import QualityFloor
 from calm.plan.placement import forecast, one_at_a_time, propose
+from calm.plan.shortlist import finalists
 from calm.ports import Clock, Embedder, KnowledgeStore, Policy
 from calm.records import (
     Ask,
@@ -71,6 +73,8 @@ class Steering:
     weights: Weights | None = None
     goals: dict[str, Weights] = field(default_factory=lambda: dict(goal_book.GOALS))
     preload: bool = True
+    floor: QualityFloor | None = None
+    """Mean quality to hold at the least latency and energy; None: the weights alone decide."""
 
 
 class Served(NamedTuple):
@@ -90,7 +94,7 @@ class Parts:
     dispatcher: Dispatcher
     analyzer: Analyzer
     workload: Workload
-    resources: Resources
+    resources: Sensors
     ledger: EnergyLedger
     store: KnowledgeStore
     embedder: Embedder | None
@@ -140,6 +144,8 @@ class Orchestrator:
     def decide(self, ask: Ask, features: Features) -> Decision:
         """Who should serve: hard constraints, then predictions, then limits, then the policy's ranking.
 
+        Only the first RECORDED of the ranking are kept; of a large fleet only who may be among them is ranked.
+
         Raises UnknownModel, NoCandidate, DeadlineExceeded or BadInput (an unknown goal).
         """
         parts, steering = self.parts, self.steering
@@ -150,12 +156,17 @@ class Orchestrator:
         goal, weights = goal_book.resolve(
             ask.wishes, goal=steering.goal, weights=steering.weights, goals=steering.goals
         )
+        floor = self._floor(ask)
+        weights = floor.weights(weights) if floor else weights
         kept, refused = feasible(ask, features, snapshot, self.fleet)
         estimates = parts.analyzer.estimate_all(ask, features, snapshot, kept)
         within, refused = within_limits(estimates, kept, ask, started_s, refused)
-        cards = {name: kept[name] for name in within}
+        able = kept if within is estimates else {name: kept[name] for name in within}
+        cards, within = finalists(steering.policy, ask, snapshot, able, within, weights, RECORDED)
         histories = parts.workload.histories()
         ranked = steering.policy.rank(ask, features, snapshot, cards, within, histories, weights)
+        if floor:
+            floor.decided(ranked[:RECORDED], within, weights)
         return Decision(
             request_id=ask.request_id,
             policy=steering.policy.name,
@@ -168,6 +179,12 @@ class Orchestrator:
             decision_s=parts.clock.now() - started_s,
             wall_s=parts.clock.wall(),
         )
+
+    def _floor(self, ask: Ask) -> QualityFloor | None:
+        """The operator's floor, for a request that says nothing of its own about what matters."""
+        wishes = ask.wishes
+        own = ask.model is not None or wishes.goal is not None or wishes.weights is not None
+        return None if own else self.steering.floor
 
     def snapshot(self) -> Snapshot:
         """The system now: what the executor owns, with the Monitor's last readings. Loads nothing."""

@@ -23,6 +23,8 @@ from calm.errors import BadInput
 from calm.records import Strict
 
 DEFAULT = "default"
+MOST_JITTER = 3.0
+"""Beyond it one request in forty takes more than 350 times as long as the median one."""
 
 
 class Length(Strict, frozen=True, kw_only=True):
@@ -72,6 +74,7 @@ class ModelProfile(Strict, frozen=True, kw_only=True):
     jitter: float = 0.0
     """Sigma of the lognormal factor on a request's times."""
     load_jitter: float = 0.0
+    """The same of a load's time."""
     active_w: float
     """While it works on at least one request."""
     idle_w: float = 0.0
@@ -101,14 +104,29 @@ class Profile(Strict, frozen=True, kw_only=True):
 def read_profile(path: Path) -> Profile:
     """Raises BadInput (field `profile`) with one line: file, place, reason."""
     try:
-        profile = msgspec.toml.decode(path.read_bytes(), type=Profile)
+        document = msgspec.toml.decode(path.read_bytes())
     except OSError as error:
         raise _wrong(f"{path}: {error.strerror or error}; `calm profile` measures one") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _wrong(f"{path}: {error}") from None
+    try:
+        profile = msgspec.convert(document, Profile)
+    except msgspec.ValidationError as error:
+        raise _wrong(f"{path}: {_misfit(document) or error}") from None
     for problem in problems(profile):
         raise _wrong(f"{path}: {problem}")
     return profile
+
+
+def _misfit(document: Mapping[str, object]) -> str | None:
+    """The first model whose table has a wrong type or field, by its name: msgspec tells only that it is one."""
+    models = document.get("models")
+    for name, model in models.items() if isinstance(models, dict) else ():
+        try:
+            msgspec.convert(model, ModelProfile)
+        except msgspec.ValidationError as error:
+            return f"models.{name}: {error}"
+    return None
 
 
 def write_profile(profile: Profile, path: Path) -> None:
@@ -123,11 +141,11 @@ def problems(profile: Profile) -> Iterable[str]:
     """What the types do not say, as `models.NAME.field: reason`."""
     machine = profile.machine
     if machine.cores < 1:
-        yield "machine.cores: at least 1"
+        yield "machine.cores: must be at least 1"
     if not machine.contention or not all(1.0 <= factor < 1e3 for factor in machine.contention):
-        yield "machine.contention: at least one factor, each 1 or more"
+        yield "machine.contention: needs at least one factor, each 1 or more"
     if not profile.models:
-        yield "models: at least one"
+        yield "models: needs at least one"
     for name, model in profile.models.items():
         for problem in _model_problems(model):
             yield f"models.{name}.{problem}"
@@ -138,21 +156,29 @@ def _model_problems(model: ModelProfile) -> Iterable[str]:
         if not 0 < getattr(model, field) < 1e18:
             yield f"{field}: must be above 0"
     for field in (
-        "load_s", "unload_s", "overhead_s", "template_tokens", "cached_tokens", "jitter", "load_jitter",
-        "active_w", "idle_w", "load_j",
+        "load_s", "unload_s", "overhead_s", "template_tokens", "cached_tokens", "active_w", "idle_w", "load_j",
     ):  # fmt: skip
         if not 0 <= getattr(model, field) < 1e18:
             yield f"{field}: must be 0 or more"
+    for field in ("jitter", "load_jitter"):
+        if not 0 <= getattr(model, field) <= MOST_JITTER:
+            yield f"{field}: must be 0..{MOST_JITTER:g}, a sigma of logarithms"
+    if model.quality_sd is not None and not 0 <= model.quality_sd <= 0.5:
+        yield "quality_sd: must be 0..0.5, no spread within 0..1 is wider"
+    yield from _table_problems(model)
+
+
+def _table_problems(model: ModelProfile) -> Iterable[str]:
     if "1" not in model.decode_tps:
         yield 'decode_tps: the rate of one sequence, "1", is missing'
     for count, rate in model.decode_tps.items():
-        if not count.isdigit() or int(count) < 1 or not 0 < rate < 1e12:
+        if not (count.isascii() and count.isdigit()) or int(count) < 1 or not 0 < rate < 1e12:
             yield f"decode_tps.{count}: sequences (1 or more) = tokens per second (above 0)"
     if DEFAULT not in model.output_tokens:
         yield f"output_tokens: {DEFAULT} is missing"
     for domain, length in model.output_tokens.items():
-        if not (length.mean >= 1 and length.sd >= 0):
-            yield f"output_tokens.{domain}: mean of at least 1, sd of at least 0"
+        if not (1 <= length.mean < 1e9 and 0 <= length.sd < 1e9):
+            yield f"output_tokens.{domain}: needs a mean of at least 1 and an sd of at least 0"
     for domain, quality in model.quality.items():
         if not 0 <= quality <= 1:
             yield f"quality.{domain}: must be 0..1"

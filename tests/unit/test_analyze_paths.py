@@ -16,9 +16,11 @@ from calm.analyze import analyzer as module
 from calm.analyze.analyzer import Analyzer
 from calm.analyze.evidence import Prior
 from calm.analyze.maths import MANY, ONE
+from calm.analyze.prediction import Forecasts
 from calm.analyze.quadratic import diagonal, dot, form, full, off_diagonal_twice, outer, packed, solved
 from calm.analyze.regression import Bank, lognormal, relative
 from calm.analyze.wide import WideBank
+from calm.plan.columns import Columns
 from calm.records import (
     Ask,
     EngineSpec,
@@ -208,6 +210,67 @@ def test_a_lesson_shows_at_once_on_both_ways(few: int, monkeypatch: pytest.Monke
     assert after["m1"].total_s != before["m1"].total_s
     analyzer.changed(replaced(cards["m1"]))
     assert analyzer.estimate_all(ask, features, snapshot, cards)["m1"].prefill_s == before["m1"].prefill_s
+
+
+@pytest.mark.parametrize("embedder", [None, SCATTER])
+def test_any_part_of_a_fleet_in_any_order_is_predicted_the_same(embedder: Scatter | None) -> None:
+    draw = random.Random(7)
+    cards = fleet(draw, 60)
+    analyzer = Analyzer(embedder)
+    analyzer.sync(cards)
+    teach(draw, analyzer, list(cards), 60)
+    for name in ("m3", "m50"):  # their rows go to others
+        analyzer.remove(name)
+        del cards[name]
+    cards["new"] = msgspec.structs.replace(cards["m7"], name="new")
+    (ask, features), snapshot = request(draw), system(draw, cards)
+    whole = analyzer.estimate_all(ask, features, snapshot, cards)
+    for size in (17, 40, len(cards)):
+        names = draw.sample(list(cards), size)
+        part = analyzer.estimate_all(ask, features, snapshot, {name: cards[name] for name in names})
+        assert list(part) == names
+        for name in names:
+            quality = part[name].quality  # summed in single precision, and the order of sums is BLAS's
+            assert quality.mean == pytest.approx(whole[name].quality.mean, abs=1e-6)
+            assert_same(msgspec.structs.replace(part[name], quality=whole[name].quality), whole[name])
+
+
+def test_a_large_fleets_estimates_are_records_and_columns() -> None:
+    draw = random.Random(3)
+    cards = fleet(draw, 30)
+    (ask, features), snapshot = request(draw), system(draw, cards)
+    found = Analyzer(SCATTER).estimate_all(ask, features, snapshot, cards)
+    assert isinstance(found, Forecasts)
+    assert isinstance(found, Columns)
+    assert len(found) == 30
+    assert found["m4"] is found["m4"]
+    assert "nobody" not in found
+    assert found.total_s.tolist() == [e.total_s.mean for e in found.values()]
+    assert found.total_sd_s.tolist() == [e.total_s.sd for e in found.values()]
+    assert found.quality.tolist() == [e.quality.mean for e in found.values()]
+    assert found.quality_sd.tolist() == [e.quality.sd for e in found.values()]
+    assert unknown_as_none(found.energy_j) == [
+        e.energy_j.mean if e.energy_j else None for e in found.values()
+    ]
+    assert unknown_as_none(found.cost_usd) == [e.cost_usd for e in found.values()]
+    few = found.only(["m9", "m2"])
+    assert dict(few) == {"m9": found["m9"], "m2": found["m2"]}
+    assert few.total_s.tolist() == [found["m9"].total_s.mean, found["m2"].total_s.mean]
+
+
+def test_a_later_lesson_changes_no_earlier_estimate() -> None:
+    draw = random.Random(5)
+    cards = fleet(draw, 30)
+    analyzer = Analyzer(SCATTER)
+    (ask, features), snapshot = request(draw), system(draw, cards)
+    one, other = (analyzer.estimate_all(ask, features, snapshot, cards) for _ in range(2))
+    before = dict(one)
+    teach(draw, analyzer, list(cards), 60)
+    assert dict(other) == before
+
+
+def unknown_as_none(column: np.typing.NDArray[np.float64]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in column.tolist()]
 
 
 def replaced(card: ModelCard) -> ModelCard:

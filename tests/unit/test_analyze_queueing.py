@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calm.analyze.queueing import Outlook, drain_s, slot_wait_s, thread_wait_s
+from calm.analyze.queueing import Outlook, Stances, drain_s, slot_wait_s, thread_wait_s
 from calm.records import EngineSpec, ModelCard, ModelState, Residency, Snapshot
 
 SERVICE_S = {"a": 4.0, "b": 4.0}
@@ -106,3 +106,35 @@ def test_a_cold_model_that_needs_a_busy_one_s_room_waits_for_it() -> None:
 
 def test_an_unknown_model_is_cold() -> None:
     assert Outlook(snapshot(), {}).of(None, card("x"))[:2] == (0.0, 1.0)
+
+
+def over(stances: Stances, system: Snapshot, cards: dict[str, ModelCard]) -> list[tuple[float, ...]]:
+    found = stances.over(range(len(cards)), cards, system.models)
+    wait = Outlook(system, SERVICE_S).over(found, cards)
+    return list(zip(*(column.tolist() for column in wait), strict=True))
+
+
+def one_by_one(system: Snapshot, cards: dict[str, ModelCard]) -> list[tuple[float, ...]]:
+    outlook = Outlook(system, SERVICE_S)
+    return [tuple(map(float, outlook.of(system.models.get(name), card))) for name, card in cards.items()]
+
+
+def test_columns_follow_every_change_of_a_state_or_a_card() -> None:
+    cards = {name: card(name) for name in "abcde"} | {"far": card("far", "openai")}
+    stances = Stances()
+    for row in range(len(cards)):
+        stances.forget(row)
+    quiet = [state(name, "cold") for name in "bc"]
+    far = state("far", "remote", threads=0)
+    systems = [
+        snapshot(state("a"), *quiet, far),
+        snapshot(state("a", in_flight=1, threads=2), *quiet, far),
+        snapshot(state("a", in_flight=2, waiting=1, work_s=6.0, footprint=950), *quiet, far, cores=1),
+        snapshot(state("a", "loading"), state("d", "failed", footprint=5000), *quiet, far),
+        snapshot(),
+    ]
+    for system in [*systems, *reversed(systems)]:
+        assert over(stances, system, cards) == one_by_one(system, cards)
+    cards["e"] = ModelCard(name="e", description="", engine=EngineSpec(threads=3))
+    stances.forget(4)
+    assert over(stances, systems[0], cards) == one_by_one(systems[0], cards)

@@ -293,7 +293,8 @@ def test_large_fleets_are_distinct_cards_and_small_ones_the_real_ones() -> None:
 
 
 def test_large_fleets_get_fewer_decisions() -> None:
-    assert [decision.fewer(1000, size) for size in (3, 10, 100, 1000)] == [1000, 1000, 100, 50]
+    assert [decision.fewer(1000, size) for size in (3, 10, 30, 1000)] == [1000, 1000, 333, 300]
+    assert decision.fewer(40, 1000) == 40
 
 
 @pytest.mark.parametrize(("p50", "p99", "word"), [(0.5, 1.0, "PASS"), (1.5, 2.0, "FAIL"), (0.5, 9.0, "FAIL")])
@@ -318,6 +319,8 @@ def test_the_parts_of_a_decision_stand_in_the_report() -> None:
     assert "100.0" in text
     assert "20.0" in text
     assert text.endswith("(goal p50 < 1 ms, p99 < 5 ms)")
+    large = row | {"variant": "calm, 1,000 models", "models": 1000, "p99_ms": 5.5}
+    assert decision.report([row, large]).endswith("FAIL  calm, 1,000 models: p99 5.500 ms (goal < 5 ms)")
 
 
 # --- the shell script -------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ def test_equal_scores_are_level() -> None:
 
 
 def test_room_made_and_price() -> None:
-    first = candidate("a", swap=(0.0, 0.0, 0.3), cost=(0.0001, 0.0, 0.4))
-    other = candidate("b", swap=(1.5, 0.4, 0.3), cost=(0.002, 0.9, 0.4))
-    assert why(decision(first, other)) == "cost $0.0001 vs $0.002, making room costs 0 s vs 1.50 s"
+    first = candidate("a", others=(0.0, 0.0, 0.3), cost=(0.0001, 0.0, 0.4))
+    other = candidate("b", others=(1.5, 0.4, 0.3), cost=(0.002, 0.9, 0.4))
+    assert why(decision(first, other)) == "cost $0.0001 vs $0.002, costs other requests 0 s vs 1.50 s"
 
 
 def test_failover_is_said() -> None:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from calm.backends.fake import FakeBackend, Script
 from calm.backends.upstream import HttpUpstream
 from calm.clock import SystemClock
-from calm.errors import CalmError, DeadlineExceeded, EngineLost, LoadFailed, UpstreamRejected
+from calm.errors import (
+    CalmError,
+    DeadlineExceeded,
+    EngineLost,
+    LoadFailed,
+    NotReached,
+    UpstreamRejected,
+)
 from calm.execute.dispatch import Dispatcher, Serving
 from calm.execute.events import Limits
 from calm.execute.executor import Executor
 from calm.gateway.relay import encode_for
-from calm.records import Ask, Candidate, Decision, EngineSpec, ModelCard, Reading, Weights
+from calm.ports import Upstream, UpstreamReply
+from calm.records import Ask, Candidate, Decision, Endpoint, EngineSpec, ModelCard, Reading, Weights
 
 CLOCK = SystemClock()
 
@@ -87,6 +97,34 @@ class Room:
         assert self.account.open == {}
 
 
+class Nobody:
+    """An upstream without anyone behind it."""
+
+    @asynccontextmanager
+    async def post(self, endpoint: Endpoint, path: str, body: bytes) -> AsyncIterator[UpstreamReply]:
+        raise NotReached(f"{endpoint.base_url} is lost: nobody answers there")
+        yield
+
+
+@dataclass
+class LateNews:
+    """An upstream whose caller learns of a failed connect last: `told` has run to its end by then."""
+
+    upstream: Upstream
+    told: Callable[[], Awaitable[None]]
+    failed: int = 0
+
+    @asynccontextmanager
+    async def post(self, endpoint: Endpoint, path: str, body: bytes) -> AsyncIterator[UpstreamReply]:
+        try:
+            async with self.upstream.post(endpoint, path, body) as reply:
+                yield reply
+        except NotReached:
+            self.failed += 1
+            await self.told()
+            raise
+
+
 @pytest.fixture
 async def make_room() -> AsyncIterator[Callable[..., Room]]:
     closing: list[Callable[[], object]] = []
@@ -99,7 +137,11 @@ async def make_room() -> AsyncIterator[Callable[..., Room]]:
             return None
 
         executor = Executor(
-            cards, {"llamacpp": backend}, no_weights, CLOCK, Limits(cores=4, budget_bytes=1 << 40)
+            cards,
+            {"llamacpp": backend, "openai": backend},
+            no_weights,
+            CLOCK,
+            Limits(cores=4, budget_bytes=1 << 40),
         )
         upstream = HttpUpstream()
         account = Account()
@@ -302,4 +344,53 @@ async def test_a_request_right_after_a_crash_is_served_by_the_next_engine(
     assert again.outcome is not None
     assert again.outcome.status == "ok"
     assert room.backend.running["a"] is not first
+    room.assert_settled()
+
+
+async def test_a_crash_noticed_before_the_failed_connect_is_looked_at_is_retried_too(
+    make_room: Callable[..., Room],
+) -> None:
+    room = make_room(a=Script(pids=(1,)))
+    async with room.serve("a") as reply:
+        await reply.body()
+    first = room.backend.running["a"]
+    assert first.server is not None
+    await first.server.stop()
+
+    async def reaped() -> None:
+        await first.crash()
+        while room.executor.engine("a") is not None:
+            await asyncio.sleep(0)
+
+    news = room.dispatcher.upstream = LateNews(room.dispatcher.upstream, reaped)
+    async with room.serve("a") as again:
+        await again.body()
+    assert news.failed == 1
+    assert again.outcome is not None
+    assert (again.outcome.status, again.outcome.attempts) == ("ok", 2)
+    assert room.backend.running["a"] is not first
+    room.assert_settled()
+
+
+async def test_a_remote_engine_that_was_given_up_is_tried_once_more_and_not_for_ever(
+    make_room: Callable[..., Room],
+) -> None:
+    """Its card changes whenever a connect has failed, so that its engine is never there to be looked at."""
+    room = make_room(a=Script())
+    remote = msgspec.structs.replace(card("a"), engine=EngineSpec(kind="openai", url="http://far.invalid"))
+
+    async def changed() -> None:
+        reworded = msgspec.structs.replace(remote, description=f"after {news.failed} failures")
+        room.executor.update_fleet({"a": reworded})
+        assert room.executor.engine("a") is None
+
+    news = room.dispatcher.upstream = LateNews(Nobody(), changed)
+    room.executor.update_fleet({"a": remote})
+    serving = room.serve("a")
+    with pytest.raises(NotReached):
+        async with serving:
+            pass
+    assert news.failed == 2
+    assert serving.outcome is not None
+    assert (serving.outcome.status, serving.outcome.attempts) == ("error", 2)
     room.assert_settled()

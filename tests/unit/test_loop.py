@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from calm.execute.dispatch import Dispatcher
 from calm.execute.events import Limits
 from calm.execute.executor import Executor
 from calm.gateway.relay import encode_for
-from calm.loop import Orchestrator, Parts, Steering
+from calm.loop import RECORDED, Orchestrator, Parts, Steering
 from calm.meters.absent import AbsentMeter
 from calm.meters.ledger import EnergyLedger
 from calm.monitor.features import extract
@@ -146,6 +147,54 @@ async def test_the_callers_goal_decides(house: House, wishes: Wishes, chosen: st
     decision = house.loop.decide(ask(wishes=wishes), features_of(ask()))
     assert decision.ranked[0].model == chosen
     assert decision.goal == wishes.goal
+
+
+class Everybody:
+    """The calm policy, ranking all it is given: it offers no shortlist."""
+
+    name = "calm"
+
+    def __init__(self) -> None:
+        self.rank = make_policy("calm").rank
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        Wishes(),
+        Wishes(goal="quality"),
+        Wishes(goal="energy", deadline_s=8.0),
+        Wishes(max_energy_j=40.0, privacy="local"),
+        Wishes(deadline_s=0.3),
+        Wishes(weights=Weights(latency=0, energy=0, quality=0, cost=1)),
+    ],
+)
+async def test_a_large_fleet_is_decided_as_if_everybody_was_ranked(house: House, wishes: Wishes) -> None:
+    draw = random.Random(4)
+    cards = [
+        card(f"m{number}", priors=some_priors(draw), context=draw.choice((20, 2048))) for number in range(150)
+    ]
+    house.loop.use_fleet({one.name: one for one in cards})
+    await house.loop.parts.executor.load("m7")
+    found = []
+    for policy in (make_policy("calm"), Everybody()):
+        house.loop.steering.policy = policy
+        found.append(house.loop.decide(ask(wishes=wishes, max_tokens=20), features_of(ask())))
+    short, whole = found
+    assert short.ranked == whole.ranked
+    assert short.estimates == whole.estimates
+    assert [(r.model, r.constraint) for r in short.refused] == [
+        (r.model, r.constraint) for r in whole.refused
+    ]
+    assert len(short.refused) == RECORDED
+
+
+def some_priors(draw: random.Random) -> PriorSpec:
+    return PriorSpec(
+        quality={"default": draw.choice((0.4, 0.6, draw.random()))},
+        decode_tps=draw.choice((20.0, draw.uniform(5, 200))),
+        energy_j_per_token=draw.choice((None, 1.0, draw.uniform(0.1, 3))),
+    )
 
 
 async def test_an_unknown_goal_is_the_callers_mistake(house: House) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from calm.errors import DeadlineExceeded, NoCandidate, UnknownModel
+from calm.plan import feasible as module
 from calm.plan.feasible import BEST_EFFORT, LISTED_REFUSALS, feasible, within_limits
 from calm.records import (
     Ask,
@@ -275,6 +279,68 @@ def test_the_error_names_every_reason_and_counts_the_rest() -> None:
         feasible(ask(), features(), snapshot(), many)
     with pytest.raises(NoCandidate, match="the fleet is empty"):
         feasible(ask(), features(), snapshot(), {})
+
+
+# --- the glance and the checks --------------------------------------------------------------------
+
+
+def any_card(draw: random.Random, name: str) -> ModelCard:
+    remote = draw.random() < 0.3
+    return card(
+        name,
+        capabilities=draw.choice(
+            (("chat",), ("chat", "completion"), ("chat", "tools", "json"), ("embeddings",))
+        ),
+        placement=draw.choice(("local", "remote")),
+        context=draw.choice((60, 100, 132, 4096)),
+        memory_hint_bytes=draw.choice((None, 1, 500)),
+        engine=EngineSpec(kind="openai", url="http://x") if remote else EngineSpec(slots=draw.choice((1, 4))),
+    )
+
+
+def any_state(draw: random.Random, name: str) -> ModelState:
+    return state(
+        name,
+        residency=draw.choice(("cold", "ready", "failed", "loading", "remote")),
+        pinned=draw.random() < 0.2,
+        footprint_bytes=draw.choice((1, 100, 400, 900)),
+        retry_at_s=draw.choice((None, None, 10.0, 50.0, 90.0)),
+    )
+
+
+def any_ask(draw: random.Random, names: list[str]) -> Ask:
+    allowed = draw.choice((None, None, tuple(draw.sample(names, 2))))
+    return ask(
+        kind=draw.choice(("chat", "chat", "completion", "embeddings")),
+        requires=draw.choice((frozenset(), frozenset({"tools"}))),
+        model=draw.choice((None, None, names[0])),
+        max_tokens=draw.choice((None, 12)),
+        body=draw.choice(({}, {}, {"n": 1}, {"n": 3}, {"n": "three"})),
+        wishes=Wishes(privacy=draw.choice((None, "local")), allowed_models=allowed),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_glance_lets_nobody_through_whom_a_check_would_stop(seed: int) -> None:
+    draw = random.Random(seed)
+    names = [f"m{i}" for i in range(draw.randint(2, 30))]
+    many = cards(*(any_card(draw, name) for name in names))
+    system = snapshot(*(any_state(draw, name) for name in names if draw.random() < 0.8), budget=500)
+    tokens = draw.choice((0.0, 83.0, 100.0, 170.0, float("nan")))
+    request, read = any_ask(draw, names), msgspec.structs.replace(features(), prompt_tokens=tokens)
+
+    def outcome() -> object:
+        try:
+            kept, refused = feasible(request, read, system, many)
+        except NoCandidate as error:
+            return error.message
+        return list(kept.items()), refused
+
+    found = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_doubtful", lambda facts, cards: list(cards))
+        assert outcome() == found
 
 
 # --- within_limits -------------------------------------------------------------------------------

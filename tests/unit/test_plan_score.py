@@ -1,4 +1,4 @@
-"""The calm score: what each regret is, how the unknown and the uncertain count, and what a swap costs."""
+"""The calm score: what each regret is, how the unknown and the uncertain count, and what a choice costs others."""
 
 from __future__ import annotations
 
@@ -235,31 +235,31 @@ def test_a_card_without_an_estimate_is_ranked_and_worst() -> None:
     assert {c.model for c in ranked} == {"a", "b"}
 
 
-# --- the swap ------------------------------------------------------------------------------------
+# --- others ------------------------------------------------------------------------------------
 
 
-def swap_of(candidate: Candidate) -> float:
-    return next((t.regret for t in candidate.terms if t.name == "swap"), 0.0)
+def others_of(candidate: Candidate) -> float:
+    return next((t.regret for t in candidate.terms if t.name == "others"), 0.0)
 
 
 def test_loading_into_free_memory_displaces_nobody() -> None:
     system = snapshot(state("a"), state("b", residency="cold"), used=100 * MIB)
     assert displaced_s(system, {"a": ModelCard(name="a", description="")}) is None
-    assert swap_of(rank(estimate("a"), estimate("b"), system=system)["b"]) == 0.0
+    assert others_of(rank(estimate("a"), estimate("b"), system=system)["b"]) == 0.0
 
 
 def test_displacing_a_hot_model_costs_its_reload() -> None:
     system = snapshot(state("a"), state("b", residency="cold"), budget=150 * MIB, used=100 * MIB)
     ranked = rank(estimate("a", 1.0), estimate("b", 1.0), system=system)
     assert next(iter(ranked)) == "a"
-    assert swap_of(ranked["b"]) == pytest.approx(log2(3.0) / 4)
-    assert swap_of(ranked["a"]) == 0.0
+    assert others_of(ranked["b"]) == pytest.approx(log2(3.0) / 4)
+    assert others_of(ranked["a"]) == 0.0
 
 
-def test_latency_and_swap_add_up_to_one_ratio() -> None:
+def test_latency_and_what_others_lose_add_up_to_one_ratio() -> None:
     system = snapshot(state("a"), state("b", residency="cold"), budget=150 * MIB, used=100 * MIB)
     b = rank(estimate("a", 1.0), estimate("b", 2.0), system=system)["b"]
-    assert regret(b, "latency") + regret(b, "swap") == pytest.approx(log2((2.0 + 2.0) / 1.0) / 4)
+    assert regret(b, "latency") + regret(b, "others") == pytest.approx(log2((2.0 + 2.0) / 1.0) / 4)
     only = Weights(latency=3, energy=0, quality=0, cost=0)
     assert rank(estimate("a", 1.0), estimate("b", 2.0), system=system, weights=only)["b"].score == 0.5
 

@@ -2,15 +2,14 @@
 
 One facade over the estimators of this room. It owns which row of each belongs to which model. A few models are
 predicted one by one in plain floats, a large fleet in one pass over columns, by the same formulas (`maths`):
-three cost tens of microseconds, a thousand a few milliseconds. No I/O, no clock, no event loop; one owner
-calls it, from one thread.
+three cost tens of microseconds, a thousand about one millisecond, because a large fleet's predictions stay columns
+until somebody looks a model up. No I/O, no clock, no event loop; one owner calls it, from one thread.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -22,10 +21,10 @@ from calm.analyze.calibration import Accuracy, Calibration
 from calm.analyze.conversations import Conversations
 from calm.analyze.domains import Verbosity
 from calm.analyze.estimators import Estimators
-from calm.analyze.maths import MANY, ONE
-from calm.analyze.prediction import Question, as_estimate, forecast
+from calm.analyze.maths import MANY, ONE, span
+from calm.analyze.prediction import Forecasts, Question, as_estimate, forecast
 from calm.analyze.quality import Quality
-from calm.analyze.queueing import Outlook, Wait
+from calm.analyze.queueing import Outlook, Stances
 from calm.ports import Embedder
 from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot
 
@@ -49,6 +48,7 @@ class Analyzer:
         self._conversations = Conversations()
         self._calibration = Calibration()
         self._service_s: dict[str, float] = {}
+        self._stances = Stances()
         self._parked: dict[str, checkpoint.ModelMemory] = {}
 
     # --- the fleet ---
@@ -65,6 +65,7 @@ class Analyzer:
             row = self._free.pop() if self._free else len(self._rows)
             self._rows[card.name] = row
         self._cards[card.name] = card
+        self._stances.forget(row)
         self._parts.prime(row, card)
         if memory is not None and memory.identity == identity(card):
             self._recall(card.name, memory)
@@ -102,49 +103,63 @@ class Analyzer:
 
     def estimate_all(
         self, ask: Ask, features: Features, snapshot: Snapshot, cards: Mapping[str, ModelCard]
-    ) -> dict[str, Estimate]:
-        """An Estimate for every card, in the order of `cards`. A card never added is added first."""
+    ) -> Mapping[str, Estimate]:
+        """An Estimate for every card, in the order of `cards`. A card never added is added first.
+
+        Of more than FEW the records are made when they are looked up, see `Forecasts`.
+        """
         if not cards:
             return {}
-        for name, card in cards.items():
-            if name not in self._rows:
+        predict = self._one_by_one if len(cards) <= FEW else self._at_once
+        return predict(ask, features, snapshot, cards, self._rows_of(cards))
+
+    def _rows_of(self, cards: Mapping[str, ModelCard]) -> list[int]:
+        try:
+            return list(map(self._rows.__getitem__, cards))
+        except KeyError:
+            for card in [card for name, card in cards.items() if name not in self._rows]:
                 self.add(card)
-        rows = [self._rows[name] for name in cards]
-        outlook = Outlook(snapshot, self._service_s)
-        states, extra = snapshot.models, max(1, ask.samples) - 1
-        waits = (outlook.of(states.get(name), card, extra) for name, card in cards.items())
-        held = self._held(features, snapshot, cards)
-        question = self._question(ask, features)
-        numbers = (self._one_by_one if len(rows) <= FEW else self._at_once)(question, rows, waits, held)
-        quality, spread = self._quality.predict(np.asarray(rows, np.intp), features.embedding)
-        metered = map(self._parts.energy.known, rows)
-        found = map(as_estimate, cards, numbers, metered, quality.tolist(), spread.tolist())
-        return dict(zip(cards, found, strict=True))
+        return [self._rows[name] for name in cards]
 
     def _one_by_one(
-        self, question: Question, rows: Sequence[int], waits: Iterable[Wait[float]], held: Sequence[float]
-    ) -> Iterable[tuple[float, ...]]:
-        of = self._parts.of
-        return [
-            forecast(ONE, question, of(row), wait, tokens or None)
-            for row, wait, tokens in zip(rows, waits, held, strict=True)
-        ]
+        self,
+        ask: Ask,
+        features: Features,
+        snapshot: Snapshot,
+        cards: Mapping[str, ModelCard],
+        rows: list[int],
+    ) -> Mapping[str, Estimate]:
+        outlook, extra = Outlook(snapshot, self._service_s), max(1, ask.samples) - 1
+        question, held = self._question(ask, features), self._held(features, snapshot)
+        means, sds = self._quality.predict(np.asarray(rows, np.intp), features.embedding)
+        states, parts, found = snapshot.models, self._parts, {}
+        each = zip(cards.items(), rows, means.tolist(), sds.tolist(), strict=True)
+        for (name, card), row, quality, sd in each:
+            wait = outlook.of(states.get(name), card, extra)
+            numbers = forecast(ONE, question, parts.of(row), wait, held.get(name))
+            found[name] = as_estimate(name, numbers, parts.energy.known(row), quality, sd)
+        return found
 
     def _at_once(
-        self, question: Question, rows: Sequence[int], waits: Iterable[Wait[float]], held: Sequence[float]
-    ) -> Iterable[tuple[float, ...]]:
-        flat = np.fromiter(chain.from_iterable(waits), np.float64, len(rows) * len(Wait._fields))
-        known, wait = (
-            self._parts.over(np.asarray(rows, np.intp)),
-            Wait(*flat.reshape(len(rows), -1).T.copy()),
-        )
-        columns = forecast(MANY, question, known, wait, np.asarray(held) if any(held) else None)
-        return zip(*(column.tolist() for column in columns), strict=True)
+        self,
+        ask: Ask,
+        features: Features,
+        snapshot: Snapshot,
+        cards: Mapping[str, ModelCard],
+        rows: list[int],
+    ) -> Mapping[str, Estimate]:
+        held = self._held(features, snapshot)
+        tokens = np.asarray([held.get(name, 0.0) for name in cards]) if held else None
+        stances = self._stances.over(rows, cards, snapshot.models)
+        wait = Outlook(snapshot, self._service_s).over(stances, cards, max(1, ask.samples) - 1)
+        fleet = span(rows)
+        known, metered = self._parts.over(fleet), self._parts.energy.known_of(fleet)
+        numbers = forecast(MANY, self._question(ask, features), known, wait, tokens)
+        return Forecasts(cards, numbers, metered, *self._quality.predict(fleet, features.embedding))
 
-    def _held(self, features: Features, snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[float]:
-        """Tokens of this conversation that each model is expected to hold in its cache."""
-        held = self._conversations.cached(features.conversation, snapshot.models)
-        return [held.get(name, 0.0) for name in cards] if held else [0.0] * len(cards)
+    def _held(self, features: Features, snapshot: Snapshot) -> Mapping[str, float]:
+        """Tokens of this conversation that models are expected to hold in their caches."""
+        return self._conversations.cached(features.conversation, snapshot.models)
 
     def _question(self, ask: Ask, features: Features) -> Question:
         return Question(

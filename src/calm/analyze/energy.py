@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calm.analyze.evidence import Prior, RowState
-from calm.analyze.maths import ONE, Maths, N, Pair
+from calm.analyze.maths import ONE, Maths, N, Pair, Span
 from calm.analyze.regression import Posterior, RelativeLearner, belief, relative
 from calm.records import Belief
 
@@ -32,21 +35,26 @@ class Energy(RelativeLearner):
 
     def __init__(self) -> None:
         super().__init__(_PRIOR)
-        self._known: set[int] = set()
+        self._known: NDArray[np.bool_] = np.zeros(0, np.bool_)
 
     def known(self, row: int) -> bool:
         """Stated by the card or measured at least once."""
-        return row in self._known
+        return self._known.item(row)
+
+    def known_of(self, rows: Span) -> NDArray[np.bool_]:
+        """The same of many."""
+        return self._known[rows].copy()
 
     def add(self, row: int, joules_per_token: float | None = None) -> None:
-        self._known.discard(row)
+        missing = row + 1 - len(self._known)
+        if missing > 0:
+            self._known = np.concatenate([self._known, np.zeros(missing + row // 2, np.bool_)])
         stated = joules_per_token if joules_per_token is not None and joules_per_token > 0 else None
-        if stated is not None:
-            self._known.add(row)
+        self._known[row] = stated is not None
         self._bank.reset(row, units=_units(stated or 1.0))
 
     def predict_one(self, row: int, x: Case) -> Belief | None:
-        return belief(relative(ONE, self.of(row), (1.0, *x))) if row in self._known else None
+        return belief(relative(ONE, self.of(row), (1.0, *x))) if self.known(row) else None
 
     def learn_one(self, row: int, x: Case, joules: float) -> bool:
         """The first observation of an unknown model sets its scale. False for what no meter can mean."""
@@ -54,16 +62,16 @@ class Energy(RelativeLearner):
         sensible = 0.0 <= uncached < math.inf and 0.0 <= output < math.inf and uncached + output > 0
         if not (sensible and 0.0 < joules < math.inf):
             return False
-        if row not in self._known:
+        if not self.known(row):
             tokens = FIXED_TOKENS + PROMPT_OVER_OUTPUT * uncached + output
             self._bank.reset(row, units=_units(joules / tokens))
-            self._known.add(row)
+            self._known[row] = True
         return self._learn(row, (1.0, uncached, output), joules)
 
     def restore(self, row: int, state: RowState) -> bool:
         restored = super().restore(row, state)
         if restored:
-            self._known.add(row)
+            self._known[row] = True
         return restored
 
 

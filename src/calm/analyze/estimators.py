@@ -14,7 +14,7 @@ from calm.analyze.energy import Energy
 from calm.analyze.evidence import RowState
 from calm.analyze.latency import Decode, LoadTime, Prefill, load_s
 from calm.analyze.lengths import LengthPredictor
-from calm.analyze.maths import MANY, ONE, Array, Rows
+from calm.analyze.maths import MANY, ONE, Array, Span
 from calm.analyze.prediction import Known, Stated, stated
 from calm.analyze.quality import Quality
 from calm.analyze.tokens import TokenCounter
@@ -94,7 +94,7 @@ class Estimators:
             )
         return known
 
-    def over(self, rows: Rows) -> Known[Array]:
+    def over(self, rows: Span) -> Known[Array]:
         """The same of many, as columns."""
         return Known(
             self.tokens.over(rows),
@@ -103,7 +103,7 @@ class Estimators:
             self.prefill.over(rows),
             self.decode.over(rows),
             self.energy.over(rows),
-            Stated(*self._stated.take(rows, axis=1)),
+            Stated(*self._stated[:, rows]),
         )
 
     def states(self, row: int) -> dict[str, RowState]:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.intp]
+Span = Rows | slice
+"""Rows to read: a slice where they follow one another, as those of a whole fleet do, so that nothing is copied."""
 N = TypeVar("N", float, Array)
 """A number of one model, or a column of them."""
 
@@ -44,3 +46,9 @@ def product(m: Maths[N], a: Pair[N], b: Pair[N]) -> Pair[N]:
     (a_mean, a_sd), (b_mean, b_sd) = a, b
     x, y, z = a_mean * b_sd, b_mean * a_sd, a_sd * b_sd
     return a_mean * b_mean, m.sqrt(x * x + y * y + z * z)
+
+
+def span(rows: list[int]) -> Span:
+    """Of rows that are not empty."""
+    run = range(rows[0], rows[0] + len(rows))
+    return slice(run.start, run.stop) if rows == list(run) else np.asarray(rows, np.intp)

@@ -1,18 +1,24 @@
 """How the estimators' parts make one prediction: the request's numbers in, an Estimate for each model out.
 
 `forecast` is the whole formula. It is written once and runs for a single model on floats (`maths.ONE`) or for
-a fleet on columns (`maths.MANY`); `as_estimate` turns one model's numbers into the record the rest of CALM knows.
+a fleet on columns (`maths.MANY`); `as_estimate` turns one model's numbers into the record the rest of CALM knows,
+and `Forecasts` does so for a fleet's when somebody looks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Generic, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from calm.analyze.energy import energy_j
 from calm.analyze.latency import prefill_s, tpot_s
 from calm.analyze.lengths import Case as LengthCase
 from calm.analyze.lengths import output_tokens
-from calm.analyze.maths import Maths, N, Pair, product
+from calm.analyze.maths import Array, Maths, N, Pair, product
 from calm.analyze.queueing import RELATIVE_SD, Wait
 from calm.analyze.regression import Posterior
 from calm.analyze.tokens import Case as PromptCase
@@ -117,3 +123,51 @@ def as_estimate(model: str, numbers: tuple[float, ...], metered: bool, quality: 
         quality=Belief(mean=quality, sd=sd),
         cost_usd=cost if cost == cost else None,
     )
+
+
+class Forecasts(Mapping[str, Estimate]):
+    """A large fleet's predictions, kept as columns: a model's record is made when it is looked up.
+
+    A record costs more than the numbers in it, and of a thousand a decision looks at a few dozen. What is
+    compared over the whole fleet is read as columns, in the order of the names; NaN stands for unknown.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        numbers: Sequence[Array],
+        metered: NDArray[np.bool_],
+        quality: Array,
+        quality_sd: Array,
+    ) -> None:
+        """`numbers` as `forecast` returns them, the rest as `as_estimate` takes it."""
+        self._places = dict(zip(names, count(), strict=False))
+        self._made: dict[str, Estimate] = {}
+        self._numbers, self._metered = numbers, metered
+        *_, total_s, total_sd_s, joules, _, cost_usd = numbers
+        self.queue_s = numbers[4]
+        self.total_s, self.total_sd_s = total_s, total_sd_s
+        self.energy_j = np.where(metered, joules, np.nan)
+        self.cost_usd = cost_usd
+        self.quality, self.quality_sd = quality, quality_sd
+
+    def __getitem__(self, name: str) -> Estimate:
+        found = self._made.get(name)
+        if found is None:
+            place = self._places[name]
+            numbers = tuple([column.item(place) for column in self._numbers])
+            rest = self._metered.item(place), self.quality.item(place), self.quality_sd.item(place)
+            found = self._made[name] = as_estimate(name, numbers, *rest)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def only(self, names: Sequence[str]) -> Forecasts:
+        """Those of some models."""
+        places = [self._places[name] for name in names]
+        numbers = [column[places] for column in self._numbers]
+        return Forecasts(names, numbers, self._metered[places], self.quality[places], self.quality_sd[places])

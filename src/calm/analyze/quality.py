@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from calm.analyze.domains import DESCRIPTORS, GENERAL, DomainSpace, canonical
 from calm.analyze.evidence import Prior, RowState
-from calm.analyze.maths import Array, Rows
+from calm.analyze.maths import Array, Rows, Span
 from calm.analyze.wide import WideBank
 from calm.ports import Embedder
 from calm.records import Belief, ModelCard, Vector
@@ -67,6 +67,7 @@ class Quality:
         self._embedder = embedder
         self._bank = WideBank(_PRIOR, _FORGETTING)
         self._rated: dict[int, int] = {}
+        self._slot_of: Rows = np.zeros(0, np.intp)  # `_rated` by row, -1 where nobody rated
         self._slots: list[int] = []
         self._domains = None if embedder is None else DomainSpace(embedder)
         width = 0 if self._domains is None else len(self._domains.names)
@@ -108,6 +109,7 @@ class Quality:
         self._stale = True
         slot = self._rated.pop(row, None)
         if slot is not None:
+            self._slot_of[row] = -1
             self._bank.reset(slot)
             self._slots.append(slot)
 
@@ -119,30 +121,30 @@ class Quality:
         free = self._basis.dot(embedding)
         return Topic(np.concatenate([posterior, embedding]), _DOMAIN_SCALE * coordinates, free)
 
-    def prior(self, rows: Rows, topic: Topic | None) -> Array:
+    def prior(self, rows: Span, topic: Topic | None) -> Array:
         """The cards' belief about a question, (m,)."""
         if topic is None:
-            return self._default[rows]
+            return self._default[rows].copy()
         if self._stale:
             self._believe()
-        return np.asarray(self._beliefs.take(rows, axis=0).dot(topic.claims), np.float64)
+        return np.asarray(self._beliefs[rows].dot(topic.claims), np.float64)
 
-    def predict(self, rows: Rows, embedding: Vector | None) -> tuple[Array, Array]:
+    def predict(self, rows: Span, embedding: Vector | None) -> tuple[Array, Array]:
         """Mean and sd, (m,). The sd is of the mean alone, not of single ratings: it shrinks with every
         rating near this question, which is what exploration needs."""
         topic = self.topic(embedding)
         mean = self.prior(rows, topic)
-        sd = np.full(len(rows), unrated_sd(topic))
+        sd = np.full(len(mean), unrated_sd(topic))
         if self._rated:
             self._correct(rows, topic, mean, sd)
         return np.minimum(np.maximum(mean, 0.0), 1.0), sd
 
-    def _correct(self, rows: Rows, topic: Topic | None, mean: Array, sd: Array) -> None:
+    def _correct(self, rows: Span, topic: Topic | None, mean: Array, sd: Array) -> None:
         """What ratings taught, in place."""
-        rated = [(index, self._rated[row]) for index, row in enumerate(rows.tolist()) if row in self._rated]
-        if rated:
-            where, slots = np.asarray(rated, np.intp).T
-            learned, variance = self._bank.predict_same(slots, features_of(topic))
+        slots = self._slot_of[rows]
+        where = np.flatnonzero(slots >= 0)
+        if len(where):
+            learned, variance = self._bank.predict_same(slots[where], features_of(topic))
             mean[where] += learned
             sd[where] = np.sqrt(variance)
 
@@ -190,7 +192,7 @@ class Quality:
         if row not in self._rated:
             slot = self._slots.pop() if self._slots else len(self._rated)
             self._bank.grow(slot + 1)
-            self._rated[row] = slot
+            self._rated[row] = self._slot_of[row] = slot
         return self._rated[row]
 
     def _make_room(self, rows: int) -> None:
@@ -198,6 +200,7 @@ class Quality:
         if extra > 0:
             extra += rows // 2
             self._default = np.concatenate([self._default, np.full(extra, UNSTATED_QUALITY)])
+            self._slot_of = np.concatenate([self._slot_of, np.full(extra, -1)])
             blank = np.full((extra, self._table.shape[1]), UNSTATED_QUALITY)
             self._table = np.concatenate([self._table, blank])
             described = np.zeros((extra, self._described.shape[1]), self._described.dtype)

@@ -29,7 +29,7 @@ from typing import Generic, NamedTuple
 import numpy as np
 
 from calm.analyze.evidence import Noise, Prior, RowState, as_bytes, read_state
-from calm.analyze.maths import Array, Maths, N, Pair, Rows
+from calm.analyze.maths import Array, Maths, N, Pair, Span
 from calm.analyze.quadratic import diagonal, dot, form, off_diagonal_twice, outer, solved
 from calm.records import Belief
 
@@ -94,10 +94,10 @@ class Bank:
             found.posterior = _posterior(found, self.d)
         return found.posterior
 
-    def over(self, rows: Rows) -> Posterior[Array]:
-        """The same of many rows, as columns."""
+    def over(self, rows: Span) -> Posterior[Array]:
+        """The same of many rows, as columns: to be read now, the next lesson may change them."""
         self._refresh()
-        columns = self._columns.take(rows, axis=1)
+        columns = self._columns[:, rows]
         d, end = self.d, len(columns) - self.d - 1
         return Posterior(list(columns[:d]), list(columns[d:end]), list(columns[end:-1]), columns[-1])
 
@@ -217,7 +217,7 @@ class Learner:
     def of(self, row: int) -> Posterior[float]:
         return self._bank.of(row)
 
-    def over(self, rows: Rows) -> Posterior[Array]:
+    def over(self, rows: Span) -> Posterior[Array]:
         return self._bank.over(rows)
 
     def state(self, row: int) -> RowState | None:

@@ -60,12 +60,13 @@ class WideBank:
         self._solve(row)
 
     def predict_same(self, rows: Rows, z: Array) -> tuple[Array, Array]:
-        """(mean, variance of the mean) of many rows for one and the same features (d,)."""
+        """(mean, variance of the mean) of rows, at least one, for one and the same features (d,)."""
         narrow = z.astype(np.float32)
         pairs = narrow.take(self._upper[0]) * narrow.take(self._upper[1])
-        most = 2 * len(rows) >= len(self._noise)  # then gathering costs more than reading them all
+        used = self._spread[: int(rows.max()) + 1]
+        most = 2 * len(rows) >= len(used)  # then gathering costs more than reading them all
         # vecdot, not @: a threaded BLAS would spin on the cores that the engines are using.
-        variance = np.vecdot(self._spread, pairs)[rows] if most else np.vecdot(self._spread[rows], pairs)
+        variance = np.vecdot(used, pairs)[rows] if most else np.vecdot(used[rows], pairs)
         return np.vecdot(self.coefficients[rows], z), np.maximum(variance, 0.0).astype(np.float64)
 
     def noise_sd(self, row: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -304,6 +303,8 @@ def terms_of(
 
 def run(plan: StudyPlan, source: Source, terms: Terms, keeper: Keeper, *, as_json: bool) -> None:
     """Raises Failure when not one trial completed, Exit (130) after Ctrl-C."""
+    import asyncio
+
     from calm.bench.campaign import Campaign, interleaved, still_missing
     from calm.report.files import provenance
     from calm.workloads.judge import judge

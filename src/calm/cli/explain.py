@@ -36,7 +36,7 @@ Formatter = Callable[[float | None], str]
 PREFIXES = ("chatcmpl-", "cmpl-", "embd-")
 UNITS: Mapping[str, Formatter] = {
     "latency": seconds,
-    "swap": seconds,
+    "others": seconds,
     "energy": joules,
     "cost": lambda usd: f"${number(usd)}",
 }

@@ -149,22 +149,39 @@ def directory_of(plan: StudyPlan, house: House) -> StudyDirectory | None:
 
 def conditions(plan: StudyPlan, house: House) -> dict[str, object]:
     """What all trials of a directory have in common, beside setup and seed. No path of this machine."""
-    import hashlib
-
     import msgspec
 
     spec = msgspec.structs.asdict(plan.workload)
+    answers = plan.workload.answers
     profile = msgspec.json.encode(house.profile, order="deterministic")
     return {
         "engine": "simulated",
         **{name: value for name, value in spec.items() if name not in ("data", "answers")},
+        "arrivals": named(plan.workload.arrivals),
+        "queries": named(plan.workload.queries),
+        **({} if answers is None else {"answers": named(f"answers:{answers}")}),
         "feedback": plan.feedback,
         "fleet": {name: digest(card) for name, card in house.fleet.items()},
-        "profile": hashlib.sha256(profile).hexdigest()[:12],
+        "profile": short_digest(profile),
         "budget_bytes": house.budget_bytes,
         "deadline_s": house.deadline_s,
         "max_queue": house.max_queue,
     }
+
+
+def named(spec: str) -> str:
+    """A spec as it is; of one that names a file (`csv:/srv/mine.csv`) its last part and what is in it."""
+    kind, _, rest = spec.partition(":")
+    file, colon, more = rest.partition(":") if kind == "table" else (rest, "", "")
+    if not file or not Path(file).is_file():
+        return spec
+    return f"{kind}:{Path(file).name}{colon}{more} ({short_digest(Path(file).read_bytes())})"
+
+
+def short_digest(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 # --- running ----------------------------------------------------------------------------------------
@@ -180,13 +197,18 @@ def run(
     jobs = [job for job in jobs_of(plan.setups, plan.seeds) if job not in done]
     try:
         with Steps(len(jobs)) as step:
-            for trial in run_jobs(jobs, house, source.workload, processes or os.cpu_count() or 1):
+            for trial in run_jobs(jobs, house, source.workload, processes or cores()):
                 keeper.keep(trial)
                 step()
     except KeyboardInterrupt:
         interrupted(plan, len(keeper.trials), len(done) + len(jobs))
         raise click.exceptions.Exit(INTERRUPTED) from None
     finish(plan, source, keeper, as_json=as_json)
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Steps:

@@ -80,8 +80,8 @@ def in_words(mine: TermView, other: TermView | None, name: str) -> str | None:
             return f"{seconds(mine.value)} predicted{ratio(mine.value, theirs, 'faster', 'slower', name)}"
         case "energy":
             return f"{joules(mine.value)} predicted{ratio(mine.value, theirs, 'less', 'more', name)}"
-        case "swap":
-            return f"making room costs {seconds(mine.value)} vs {seconds(theirs)}"
+        case "others":
+            return f"costs other requests {seconds(mine.value)} vs {seconds(theirs)}"
         case "cost":
             return f"cost ${number(mine.value)} vs ${number(theirs)}"
         case _:

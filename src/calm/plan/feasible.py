@@ -22,9 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import NamedTuple
 
 from calm.errors import DeadlineExceeded, NoCandidate, UnknownModel
+from calm.plan.columns import Figures, figures, only
 from calm.records import Ask, Capability, Estimate, Features, ModelCard, ModelState, Refusal, Snapshot
 
 BEST_EFFORT = "best_effort"
@@ -66,13 +68,12 @@ def feasible(
         raise UnknownModel(_unknown(ask.model, cards), field="model")
     facts = _facts(ask, features, snapshot)
     checks, states = _asked_for(facts), snapshot.models
-    kept, refused = {}, []
-    for name, card in cards.items():
-        refusal = _refuse(facts, checks, card, states.get(name))
-        if refusal is None:
-            kept[name] = card
-        else:
+    kept, refused = dict(cards), []
+    for name in _doubtful(facts, cards):
+        refusal = _refuse(facts, checks, cards[name], states.get(name))
+        if refusal is not None:
             refused.append(refusal)
+            del kept[name]
     if not kept:
         revived, refused = _relax(refused)
         kept = {name: cards[name] for name in revived}
@@ -87,7 +88,7 @@ def within_limits(
     ask: Ask,
     now_s: float,
     refused: Sequence[Refusal] = (),
-) -> tuple[dict[str, Estimate], tuple[Refusal, ...]]:
+) -> tuple[Mapping[str, Estimate], tuple[Refusal, ...]]:
     """The estimates that respect the caller's joules, dollars and deadline, and the models that do not.
 
     `refused` are earlier refusals, carried into the result and into NoCandidate's message. When the deadline
@@ -96,17 +97,49 @@ def within_limits(
     """
     left_s, wishes = _time_left_s(ask, now_s), ask.wishes
     if left_s is None and wishes.max_energy_j is None and wishes.max_cost_usd is None and estimates:
-        return dict(estimates), tuple(refused)
-    over = [r for name, e in estimates.items() if (r := _over_budget(ask, e, cards.get(name)))]
+        return estimates, tuple(refused)
+    found = list(figures(estimates))
+    over = [r for one in found if (r := _over_budget(ask, one, cards.get(one.model))) is not None]
     broke = {refusal.model for refusal in over}
-    affordable = {name: e for name, e in estimates.items() if name not in broke}
+    affordable = [one for one in found if one.model not in broke]
     if not affordable:
         raise NoCandidate(_nobody([*refused, *over]))
     kept, late = _in_time(affordable, left_s)
-    return kept, (*refused, *over, *late)
+    within = estimates if len(kept) == len(found) else only(estimates, kept)
+    return within, (*refused, *over, *late)
 
 
 # --- the checks of feasible ----------------------------------------------------------------------
+
+
+def _doubtful(facts: _Facts, cards: Mapping[str, ModelCard]) -> list[str]:
+    """The models that a check may speak against, and maybe some more.
+
+    Most models are no special case, and a glance tells: one that is as wide, as able and as small as this asks
+    for passes every check below. So a thousand cost a pass, and only what stands out is looked into.
+    """
+    ask, needs, get = facts.ask, facts.needs, facts.snapshot.models.get
+    if ask.model is not None or facts.allowed is not None or "n" in ask.body:
+        return list(cards)
+    anywhere, room = ask.wishes.privacy != "local", facts.snapshot.budget_bytes - facts.pinned_bytes
+    tokens = max(facts.probably_tokens, facts.surely_tokens)
+    return [
+        name
+        for name, card in cards.items()
+        if not card.context > tokens
+        or not _able(needs, card.capabilities)
+        or (state := get(name)) is None
+        or state.footprint_bytes > room
+        or state.residency == "failed"
+        or state.retry_at_s is not None
+        or not (anywhere or card.placement == "local")
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _able(needs: frozenset[Capability], capabilities: tuple[Capability, ...]) -> bool:
+    """Remembered, since a fleet has few sets of capabilities and requests have few needs."""
+    return needs.issubset(capabilities)
 
 
 def _pinned(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 1
@@ -252,38 +285,38 @@ def _holds_memory(state: ModelState) -> bool:
 # --- the checks of within_limits -----------------------------------------------------------------
 
 
-def _over_budget(ask: Ask, estimate: Estimate, card: ModelCard | None) -> Refusal | None:
+def _over_budget(ask: Ask, found: Figures, card: ModelCard | None) -> Refusal | None:
     for constraint, reason in (
-        ("energy", _energy(ask.wishes.max_energy_j, estimate)),
-        ("cost", _cost(ask.wishes.max_cost_usd, estimate, card)),
+        ("energy", _energy(ask.wishes.max_energy_j, found)),
+        ("cost", _cost(ask.wishes.max_cost_usd, found, card)),
     ):
         if reason is not None:
-            return Refusal(model=estimate.model, constraint=constraint, reason=reason)
+            return Refusal(model=found.model, constraint=constraint, reason=reason)
     return None
 
 
-def _energy(limit_j: float | None, estimate: Estimate) -> str | None:
+def _energy(limit_j: float | None, found: Figures) -> str | None:
     if limit_j is None:
         return None
-    if estimate.energy_j is None:
+    if found.energy_j is None:
         return f"its energy is unknown and the request allows at most {limit_j:g} J"
-    mean_j = estimate.energy_j.mean
-    return f"predicted {mean_j:.3g} J, allowed {limit_j:g} J" if mean_j > limit_j else None
+    over = found.energy_j > limit_j
+    return f"predicted {found.energy_j:.3g} J, allowed {limit_j:g} J" if over else None
 
 
-def _cost(limit_usd: float | None, estimate: Estimate, card: ModelCard | None) -> str | None:
+def _cost(limit_usd: float | None, found: Figures, card: ModelCard | None) -> str | None:
     if limit_usd is None:
         return None
-    cost_usd = cost_of(estimate, card)
+    cost_usd = price_of(found.cost_usd, card)
     if cost_usd is None:
         return f"its price is unknown and the request allows at most ${limit_usd:g}"
     return f"predicted ${cost_usd:.3g}, allowed ${limit_usd:g}" if cost_usd > limit_usd else None
 
 
-def cost_of(estimate: Estimate, card: ModelCard | None) -> float | None:
+def price_of(cost_usd: float | None, card: ModelCard | None) -> float | None:
     """Dollars of one request. A local model without a price is free; a remote one's price is unknown."""
-    if estimate.cost_usd is not None:
-        return estimate.cost_usd
+    if cost_usd is not None:
+        return cost_usd
     return 0.0 if card is not None and card.placement == "local" else None
 
 
@@ -297,22 +330,21 @@ def _time_left_s(ask: Ask, now_s: float) -> float | None:
     return left_s
 
 
-def _in_time(
-    estimates: Mapping[str, Estimate], left_s: float | None
-) -> tuple[dict[str, Estimate], list[Refusal]]:
+def _in_time(found: Sequence[Figures], left_s: float | None) -> tuple[list[str], list[Refusal]]:
+    """Names to keep, and refusals."""
     if left_s is None:
-        return dict(estimates), []
-    late = [_late(e, left_s) for e in estimates.values() if not e.total_s.mean <= left_s]
-    if len(late) < len(estimates):
-        out = {refusal.model for refusal in late}
-        return {name: e for name, e in estimates.items() if name not in out}, late
-    fastest = min(estimates.values(), key=lambda e: (e.total_s.mean, e.model)).model
-    return {fastest: estimates[fastest]}, [_marked(r) if r.model == fastest else r for r in late]
+        return [one.model for one in found], []
+    kept = [one.model for one in found if one.total_s <= left_s]
+    late = [_late(one, left_s) for one in found if not one.total_s <= left_s]
+    if kept:
+        return kept, late
+    fastest = min(found, key=lambda one: (one.total_s, one.model)).model
+    return [fastest], [_marked(r) if r.model == fastest else r for r in late]
 
 
-def _late(estimate: Estimate, left_s: float) -> Refusal:
-    reason = f"predicted {estimate.total_s.mean:.3g} s, {left_s:.3g} s are left to the deadline"
-    return Refusal(model=estimate.model, constraint="deadline", reason=reason)
+def _late(found: Figures, left_s: float) -> Refusal:
+    reason = f"predicted {found.total_s:.3g} s, {left_s:.3g} s are left to the deadline"
+    return Refusal(model=found.model, constraint="deadline", reason=reason)
 
 
 # --- words ---------------------------------------------------------------------------------------

@@ -17,12 +17,16 @@ max_cost_usd.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from types import MappingProxyType
+from typing import NamedTuple
 
 from calm.errors import BadInput
+from calm.plan.floor import QualityFloor
 from calm.records import Weights, Wishes
+
+FLOOR_SIGN = ">="
 
 GOALS: Mapping[str, Weights] = MappingProxyType(
     {
@@ -32,6 +36,59 @@ GOALS: Mapping[str, Weights] = MappingProxyType(
         "quality": Weights(latency=0.1, energy=0.05, quality=0.85, cost=0.0),
     }
 )
+
+
+class Aim(NamedTuple):
+    """What an operator asks of the whole: a goal or weights, and perhaps a floor under quality."""
+
+    goal: str | None = "balanced"
+    weights: Weights | None = None
+    quality_floor: float | None = None
+
+    @property
+    def wanted(self) -> Weights:
+        return self.weights or named(self.goal or "balanced")
+
+    def keeper(self) -> QualityFloor | None:
+        """A fresh account of the floor."""
+        return None if self.quality_floor is None else QualityFloor(self.quality_floor)
+
+
+def read_aim(text: str | None, goals: Mapping[str, Weights] = GOALS) -> Aim:
+    """`energy`, `latency=1,quality=2`, `quality>=0.7`, or both with a comma between. Raises BadInput (field `goal`)."""
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    floors = [part for part in parts if FLOOR_SIGN in part]
+    terms = [part for part in parts if "=" in part and part not in floors]
+    names = [part for part in parts if "=" not in part]
+    if len(floors) > 1 or len(names) > 1 or (names and terms):
+        raise BadInput(
+            f'goal {text!r}: a goal\'s name, or weights like "latency=1,quality=2", and at most one '
+            f'floor like "quality>=0.7"',
+            field="goal",
+        )
+    floor = _number(floors[0].removeprefix(f"quality{FLOOR_SIGN}"), floors[0]) if floors else None
+    if terms:
+        return Aim(None, _weights(terms), floor)
+    name = names[0] if names else "balanced"
+    named(name, goals=goals)
+    return Aim(name, None, floor)
+
+
+def _weights(terms: Sequence[str]) -> Weights:
+    stated = dict.fromkeys(Weights.__struct_fields__, 0.0)
+    for term in terms:
+        name, _, figure = (part.strip() for part in term.partition("="))
+        if name not in stated:
+            raise BadInput(f"goal: no weight {name!r}; there are {', '.join(stated)}", field="goal")
+        stated[name] = _number(figure, term)
+    return checked(Weights(**stated), field="goal")
+
+
+def _number(text: str, term: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise BadInput(f'goal: "{term}" holds no number', field="goal") from None
 
 
 def resolve(

@@ -16,8 +16,10 @@ from math import isfinite
 from random import Random
 
 from calm.errors import BadInput, CalmError
+from calm.plan.columns import Columns
 from calm.plan.paper import PaperPolicy, parse_paper
 from calm.plan.score import Tuning, score_all
+from calm.plan.shortlist import best_scored
 from calm.plan.ties import fair_order, load
 from calm.ports import Embedder, Policy
 from calm.records import (
@@ -117,6 +119,18 @@ class CalmPolicy:
         weights: Weights,
     ) -> tuple[Candidate, ...]:
         return score_all(ask, snapshot, cards, estimates, weights, self._tuning)
+
+    def shortlist(
+        self,
+        ask: Ask,
+        snapshot: Snapshot,
+        cards: Mapping[str, ModelCard],
+        columns: Columns,
+        weights: Weights,
+        most: int,
+    ) -> list[str]:
+        """See plan.shortlist: of a large fleet, those that have to be ranked."""
+        return best_scored(ask, snapshot, cards, columns, weights, self._tuning, most)
 
 
 class FixedPolicy:

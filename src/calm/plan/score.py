@@ -4,9 +4,13 @@
     regret_quality = q_best - q_m                 q = mean + exploration * sd, at most 1
     regret_latency = log2(L_m / L_best) / 4       at most 2; L = total seconds, risk-averse under a deadline
     regret_energy, regret_cost                    the same ratio in joules and dollars
-    regret_swap    = log2((L_m + D_m) / L_m) / 4  D = seconds that evicting others for m costs later requests
+    regret_others  = log2((L_m + D_m) / L_m) / 4  D = seconds that choosing m costs other requests
 
-latency + swap is log2((L_m + D_m) / L_best) / 4: the swap has the latency's weight and unit. Ratios and not
+latency + others is log2((L_m + D_m) / L_best) / 4: what others lose has the latency's weight and unit. They lose
+the reloads of what is evicted for m; and whoever comes while this request waits stands behind it and waits for
+its load and service too, which by Little's law are (arrival rate x wait) / (requests served side by side). Without a
+queue that is nothing; in overload it is what decides, where every model's own latency is the same long wait.
+ Ratios and not
 absolute values, because absolute seconds saturate exactly when it matters (docs/decisions/0005-qos-score.md).
 A value unknown for one model counts as the worst known one; known for none, the term is left out and the
 other weights share its part (which changes no order, it only keeps scores on one scale).
@@ -20,7 +24,7 @@ from itertools import accumulate
 from math import exp, inf, isfinite, log1p, log2, sqrt
 from typing import NamedTuple
 
-from calm.plan.feasible import cost_of
+from calm.plan.feasible import price_of
 from calm.plan.ties import fair_order
 from calm.records import (
     Ask,
@@ -45,6 +49,9 @@ FLOOR_USD = 1e-5
 """Below these nobody notices a difference, so a ratio between smaller values is no regret."""
 REUSE_S = 60.0
 """Time constant after which an idle resident model is taken to be no longer wanted."""
+
+
+_UNLOADED = ("cold", "failed")
 
 
 class Tuning(Record, frozen=True, kw_only=True):
@@ -82,7 +89,7 @@ def score_all(
     names = list(cards)
     found = [estimates.get(name) for name in names]
     columns = _columns(ask, snapshot, cards, found, weights, tuning)
-    shares = _shares(columns)
+    shares = shares_of([(column.name, column.weight) for column in columns])
     terms = list(zip(*map(_terms, columns, shares), strict=True)) or [()] * len(names)
     scores = _sums(columns, shares, len(names))
     return tuple(
@@ -99,13 +106,13 @@ def _columns(
     weights: Weights,
     tuning: Tuning,
 ) -> list[_Column]:
-    """The terms that count, latency first and its swap behind it."""
+    """The terms that count, latency first and what others lose behind it."""
     columns: list[_Column | None] = []
     if weights.latency > 0:
         risk = tuning.risk if ask.wishes.deadline_s is not None else 0.0
         seconds = [None if e is None else _pessimistic(e.total_s, risk) for e in found]
         columns.append(_ratio("latency", weights.latency, seconds, FLOOR_S))
-        columns.append(_swap(weights.latency, seconds, displaced_s(snapshot, cards)))
+        columns.append(_others(weights.latency, seconds, others_s(snapshot, cards, found)))
     if weights.energy > 0:
         joules = [None if e is None or e.energy_j is None else _known(e.energy_j.mean) for e in found]
         columns.append(_ratio("energy", weights.energy, joules, FLOOR_J))
@@ -149,14 +156,12 @@ def _quality(weight: float, values: Sequence[float | None]) -> _Column | None:
     return _Column("quality", weight, values, [best - (worst if v is None else v) for v in values])
 
 
-def _swap(
-    weight: float, seconds: Sequence[float | None], displaced: Sequence[float] | None
-) -> _Column | None:
-    if displaced is None:
+def _others(weight: float, seconds: Sequence[float | None], lost: Sequence[float] | None) -> _Column | None:
+    if lost is None:
         return None
-    pairs = zip(seconds, displaced, strict=True)
+    pairs = zip(seconds, lost, strict=True)
     factors = [1.0 + d / max(s or 0.0, FLOOR_S) if d else 1.0 for s, d in pairs]
-    return _Column("swap", weight, displaced, _octaves(factors, 1.0))
+    return _Column("others", weight, lost, _octaves(factors, 1.0))
 
 
 def _optimistic(quality: Belief, exploration: float) -> float | None:
@@ -181,11 +186,35 @@ def _known(value: float) -> float | None:
 
 
 def _dollars(estimate: Estimate, card: ModelCard) -> float | None:
-    cost_usd = cost_of(estimate, card)
+    cost_usd = price_of(estimate.cost_usd, card)
     return None if cost_usd is None else _known(cost_usd)
 
 
-# --- what a swap costs others --------------------------------------------------------------------
+# --- what a choice costs others ------------------------------------------------------------------
+
+
+def others_s(
+    snapshot: Snapshot, cards: Mapping[str, ModelCard], found: Sequence[Estimate | None]
+) -> list[float] | None:
+    """Seconds that other requests are expected to lose by the choice of each card; None: nobody loses any."""
+    reloads = displaced_s(snapshot, cards)
+    per_s = behind_per_s(snapshot)
+    delayed = [0.0 if e is None or not e.queue_s.mean else _delay_s(e, per_s) for e in found]
+    if not any(delayed):
+        return reloads
+    return delayed if reloads is None else [d + r for d, r in zip(delayed, reloads, strict=True)]
+
+
+def behind_per_s(snapshot: Snapshot) -> float:
+    """Requests that come to stand behind one for each second it waits, over how many are served side by side."""
+    return snapshot.arrival_rate_rps / max(1, snapshot.in_flight)
+
+
+def _delay_s(estimate: Estimate, per_s: float) -> float:
+    """Of whoever comes to stand behind; 0 where the prediction is no number."""
+    wait_s = estimate.queue_s.mean
+    delay_s = per_s * wait_s * max(estimate.total_s.mean - wait_s, 0.0)
+    return delay_s if isfinite(delay_s) else 0.0
 
 
 def displaced_s(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[float] | None:
@@ -194,9 +223,7 @@ def displaced_s(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[floa
     Victims are idle, unpinned residents, cheapest per byte first; each costs its reload time times the
     chance that it is wanted again, exp(-idle / REUSE_S).
     """
-    free = snapshot.budget_bytes - snapshot.used_bytes
-    states = snapshot.models
-    missing = [_missing_bytes(states.get(name), free) for name in cards]
+    missing = _missing_bytes(snapshot, cards)
     if not any(missing):
         return None
     victims = sorted(_victim(s, snapshot.at_s) for s in snapshot.models.values() if s.residency == "ready")
@@ -205,14 +232,21 @@ def displaced_s(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[floa
     if cost_s[-1] == 0.0:
         return None
     last = len(freed)
-    return [cost_s[min(bisect_left(freed, need) + 1, last)] if need else 0.0 for need in missing]
+    price_s = {
+        need: cost_s[min(bisect_left(freed, need) + 1, last)] if need else 0.0 for need in set(missing)
+    }
+    return [price_s[need] for need in missing]
 
 
-def _missing_bytes(state: ModelState | None, free_bytes: int) -> int:
-    if state is None or (state.residency != "cold" and state.residency != "failed"):
-        return 0
-    missing = state.footprint_bytes - free_bytes
-    return missing if missing > 0 else 0
+def _missing_bytes(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[int]:
+    """What has to be freed before each card can be loaded; 0 where nothing has to."""
+    free = snapshot.budget_bytes - snapshot.used_bytes
+    return [
+        state.footprint_bytes - free
+        if state is not None and state.footprint_bytes > free and state.residency in _UNLOADED
+        else 0
+        for state in map(snapshot.models.get, cards)
+    ]
 
 
 def _victim(state: ModelState, at_s: float) -> tuple[float, int, float]:
@@ -230,10 +264,10 @@ def _victim(state: ModelState, at_s: float) -> tuple[float, int, float]:
 # --- putting the terms together ------------------------------------------------------------------
 
 
-def _shares(columns: Sequence[_Column]) -> list[float]:
-    """Weights divided by their sum; the swap has the latency's and is not counted again."""
-    total = sum([column.weight for column in columns if column.name != "swap"]) or 1.0
-    return [column.weight / total for column in columns]
+def shares_of(weights: Sequence[tuple[str, float]]) -> list[float]:
+    """The terms' weights divided by their sum; `others` has the latency's and is not counted again."""
+    total = sum([weight for name, weight in weights if name != "others"]) or 1.0
+    return [weight / total for _, weight in weights]
 
 
 def _terms(column: _Column, share: float) -> list[Term]:

@@ -8,6 +8,7 @@ end with usage and timings.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from calm.ports import UpstreamReply
 from calm.profile import Profile
 from calm.records import Ask, Decision, Endpoint, Features, Feedback, MeterKind, ModelCard, Outcome
 from calm.replay.machine import SimulatedEngine, SimulatedMachine, Work
-from calm.replay.outcomes import Outcomes, lognormal
+from calm.replay.outcomes import Outcomes
 
 FIRST = b'data: {"choices":[{"delta":{"content":"."}}]}\n\n'
 METER = "simulated"
@@ -63,19 +64,25 @@ class SimulatedBackend:
     def __init__(self, machine: SimulatedMachine, profile: Profile, seed: int) -> None:
         self.machine = machine
         self._profile = profile
-        self._random = Random(f"{seed}|loads")
+        self._seed = seed
+        self._begun: Counter[str] = Counter()
 
     async def start(self, card: ModelCard, weights: Path | None, threads: int) -> RunningSimulation:
         profile = self._profile.models.get(card.name)
         if profile is None:
             raise LoadFailed(f"{card.name}: the profile does not know this model")
-        self.machine.load_began()
-        try:
-            spread = lognormal(1.0, profile.load_jitter, self._random.gauss(0, 1))
-            await asyncio.sleep(profile.load_s * spread)
-        finally:
-            self.machine.load_ended()
-        return RunningSimulation(self, self.machine.make(profile), card)
+        takes_s = profile.load_s * math.exp(profile.load_jitter * self._draw(card.name))
+        if card.remote:  # it runs somewhere else: to reach it costs this machine nothing
+            await asyncio.sleep(takes_s)
+        else:
+            with self.machine.loading(profile.load_j, takes_s):
+                await asyncio.sleep(takes_s)
+        return RunningSimulation(self, self.machine.make(profile, apart=card.remote), card)
+
+    def _draw(self, model: str) -> float:
+        """Standard normal, for the n-th load of a model the same whatever else is loaded."""
+        self._begun[model] += 1
+        return Random(f"{self._seed}|load {self._begun[model]}|{model}").gauss(0, 1)
 
 
 class SimulatedUpstream:

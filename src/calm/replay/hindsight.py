@@ -3,8 +3,10 @@
 oracle        the model whose answer to this query is best; of equally good ones the soonest predicted to end
 oracle:calm   our QoS score with the true quality and length of every answer in place of the predicted ones
 belady        evicts the model whose next use is farthest away (Belady, IBM Systems Journal 1966), by the
-              choices of a first pass of the same trial. With models of unequal size and load time, or a policy
-              that looks at residency, it is no longer a strict bound
+              choices of a first pass of the same trial. The fewest loads possible while models are of one
+              size, requests come one at a time and the policy does not look at residency. Else it is a bound
+              in name only: under load, where who waits decides which models can go, it loaded once more than
+              LRU in 1 of 400 random trials (and less in 112)
 """
 
 from __future__ import annotations
@@ -143,8 +145,9 @@ def belady_count(spec: str) -> int | None:
     _, colon, count = spec.partition(":")
     if not colon:
         return None
-    if not count.isdigit() or int(count) < 1:
+    if not (count.isascii() and count.isdigit()) or int(count) < 1:
         raise BadInput(
-            f"cache {spec!r}: after the colon stands how many models may be resident", field="cache"
+            f"cache {spec!r}: after the colon stands how many models may be resident, 1 or more",
+            field="cache",
         )
     return int(count)

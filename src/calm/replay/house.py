@@ -7,7 +7,7 @@ times, rates the answers, and returns what happened. Everything is a function of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,10 +27,11 @@ from calm.meters.ledger import EnergyLedger
 from calm.monitor.embed import StaticEmbedder
 from calm.monitor.window import Workload as Window
 from calm.plan import goals as goal_book
+from calm.plan.floor import tuning_for
 from calm.plan.policies import make_policy
 from calm.ports import Embedder, Policy
 from calm.profile import Profile
-from calm.records import Ask, Decision, Feedback, ModelCard, Outcome, Residency, Vector, Weights
+from calm.records import Ask, Decision, Feedback, ModelCard, Outcome, Residency, Vector
 from calm.replay.adapters import (
     METER,
     Forgetful,
@@ -71,24 +72,29 @@ class House:
     """Makes the embedder of the paper's policy; None: that policy cannot be had."""
 
 
-def run_trial(house: House, workload: Workload, setup: Setup) -> Trial:
-    """One setup on one seed's workload, in simulated time. Raises BadInput where it cannot be run."""
+def run_trial(house: House, workload: Workload, setup: Setup, warm: Workload | None = None) -> Trial:
+    """One setup on one seed's workload, in simulated time; `warm` is served and rated before it, not counted.
+
+    Raises BadInput where it cannot be run.
+    """
     order: tuple[str, ...] = ()
     if setup.cache.partition(":")[0] == "belady":
         count = belady_count(setup.cache)
         first = FIRST_PASS_CACHE if count is None else f"{FIRST_PASS_CACHE}:{count}"
-        order = choices(_simulate(house, workload, replace(setup, cache=first), ()))
-    return replace(_simulate(house, workload, setup, order), setup=setup)
+        order = choices(_simulate(house, workload, replace(setup, cache=first), (), warm))
+    return replace(_simulate(house, workload, setup, order, warm), setup=setup)
 
 
 def choices(trial: Trial) -> tuple[str, ...]:
-    """Who served, in the order of arrival."""
-    return tuple(row.model for row in trial.rows if row.model is not None)
+    """Who served, in the order of arrival; a request that was turned away or given up is no use of a model."""
+    return tuple(row.model for row in trial.rows if row.model is not None and row.status == "ok")
 
 
-def _simulate(house: House, workload: Workload, setup: Setup, order: tuple[str, ...]) -> Trial:
+def _simulate(
+    house: House, workload: Workload, setup: Setup, order: tuple[str, ...], warm: Workload | None
+) -> Trial:
     clock = ManualClock()
-    return run_simulated(_Trial(house, workload, setup, order, clock).run(), clock)
+    return run_simulated(_Trial(house, workload, setup, order, clock).run(warm), clock)
 
 
 @dataclass
@@ -111,7 +117,8 @@ class _Trial:
         self.log = _Log()
         self.fleet = fleet_for(house.fleet, house.profile)
         self.outcomes = Outcomes(house.profile, workload.seed, house.max_tokens)
-        self.random = Random(f"{workload.seed}|ratings")
+        self.rated: set[str] = set()
+        """Requests whose answers are rated, if they are answered."""
         self.started_s = 0.0
         self.machine = SimulatedMachine(house.profile.machine, clock)
         self.upstream = SimulatedUpstream(self.machine, self.outcomes)
@@ -168,14 +175,20 @@ class _Trial:
             deadline_s=house.deadline_s,
             on_outcome=self._ended,
         )
-        goal, weights = steering_of(self.setup.goal)
-        steering = Steering(policy=self._policy(), goal=goal, weights=weights, preload=self._preloads)
+        aim = goal_book.read_aim(self.setup.goal)
+        steering = Steering(
+            policy=self._policy(),
+            goal=aim.goal,
+            weights=aim.weights,
+            preload=self._preloads,
+            floor=aim.keeper(),
+        )
         return Orchestrator(parts, steering)
 
     @property
     def _preloads(self) -> bool:
         """Warming ahead of demand belongs to our cache; the others load what is asked for."""
-        return self.setup.cache.partition(":")[0] == "calm"
+        return self.setup.cache.strip().lower().partition(":")[0] == "calm"
 
     def _policy(self) -> Policy:
         match self.setup.policy:
@@ -187,29 +200,46 @@ class _Trial:
                 return make_policy("calm")
             case spec:
                 return make_policy(
-                    spec, embedder=self.house.minilm, seed=self.workload.seed, models=list(self.fleet)
+                    spec,
+                    embedder=self.house.minilm,
+                    seed=self.workload.seed,
+                    models=list(self.fleet),
+                    tuning=tuning_for(goal_book.read_aim(self.setup.goal).quality_floor),
                 )
 
     # --- running ---
 
-    async def run(self) -> Trial:
+    async def run(self, warm: Workload | None) -> Trial:
         self.loop.use_fleet(self.fleet)
         if self.setup.cache == "none":
             await asyncio.gather(*(self.executor.load(n) for n, c in self.fleet.items() if not c.remote))
-        self.started_s, loaded_j = self.clock.now(), self.machine.joules
         adapting = asyncio.create_task(self._adapt())
-        asks = [ask_of(self.workload, i, self.house.max_tokens) for i in range(len(self.workload.queries))]
-        self.outcomes.know({ask.request_id: q for ask, q in zip(asks, self.workload.queries, strict=True)})
-        clients = []
-        for ask, at_s in zip(asks, self.workload.arrivals_s, strict=True):
-            await asyncio.sleep(self.started_s + at_s - self.clock.now())
-            clients.append(asyncio.create_task(self._client(ask)))
-        await asyncio.gather(*clients)
-        spent_j = self.machine.joules - loaded_j
-        ended_s = self.clock.now()
+        if warm is not None:
+            await self._offer(warm, rated(warm.seed, len(warm.queries), self.house.feedback))
+        self.started_s, loaded_j = self.clock.now(), self.machine.joules
+        self.upstream.sent.clear()
+        self.log = _Log(peak_bytes=self.executor.used_bytes)
+        ratings = rated(self.workload.seed, len(self.workload.queries), self.house.feedback)
+        ids = await self._offer(self.workload, ratings)
+        if adapting.done():
+            adapting.result()  # it ends of itself only by an error, which must not pass for a figure
+        trial = self._trial(ids, self.machine.joules - loaded_j)
         adapting.cancel()
         await self.executor.close(grace_s=0.0)
-        return self._trial([ask.request_id for ask in asks], ended_s - self.started_s, spent_j)
+        return trial
+
+    async def _offer(self, workload: Workload, ratings: Sequence[bool]) -> list[str]:
+        """Ask everything at its time and wait for the last answer. Gives the requests' ids."""
+        began_s = self.clock.now()
+        asks = [ask_of(workload, i, self.house.max_tokens) for i in range(len(workload.queries))]
+        self.outcomes.know({ask.request_id: q for ask, q in zip(asks, workload.queries, strict=True)})
+        self.rated |= {ask.request_id for ask, wanted in zip(asks, ratings, strict=True) if wanted}
+        clients = []
+        for ask, at_s in zip(asks, workload.arrivals_s, strict=True):
+            await asyncio.sleep(began_s + at_s - self.clock.now())
+            clients.append(asyncio.create_task(self._client(ask)))
+        await asyncio.gather(*clients)
+        return [ask.request_id for ask in asks]
 
     async def _client(self, ask: Ask) -> None:
         """Asks once and reads to the end. What goes wrong is in the outcome."""
@@ -247,7 +277,7 @@ class _Trial:
         quality = None
         if outcome.status == "ok" and outcome.model is not None:
             quality = self.outcomes.of(ask.request_id, outcome.model).quality
-            if self.random.random() < self.house.feedback:
+            if ask.request_id in self.rated:
                 self._rate(ask, outcome.model, quality)
         self.log.rows[ask.request_id] = row_of(
             query, ask, decision, outcome, quality, ask.arrived_s - self.started_s
@@ -259,7 +289,8 @@ class _Trial:
         )
         self.loop.rate(rating, self.loop.recent[ask.request_id].features, model)
 
-    def _trial(self, ids: list[str], duration_s: float, energy_j: float) -> Trial:
+    def _trial(self, ids: list[str], energy_j: float) -> Trial:
+        """As of now."""
         log = self.log
         moves = tuple(replace(move, at_s=move.at_s - self.started_s) for move in log.moves)
         return Trial(
@@ -270,10 +301,10 @@ class _Trial:
             rows=tuple(log.rows[request_id] for request_id in ids),
             moves=moves,
             samples=tuple(log.samples),
-            duration_s=duration_s,
+            duration_s=self.clock.now() - self.started_s,
             budget_bytes=self.executor.budget_bytes,
             peak_bytes=log.peak_bytes,
-            loads=sum(move.new == "loading" and 0 <= move.at_s <= duration_s for move in moves),
+            loads=sum(move.new == "loading" for move in moves),
             energy_j=energy_j,
             meter=METER,
         )
@@ -321,25 +352,6 @@ def whole_fleet_bytes(house: House) -> int:
     )
 
 
-def steering_of(goal: str | None) -> tuple[str | None, Weights | None]:
-    """A goal's name, or weights such as `latency=1,quality=2`. Raises BadInput."""
-    if goal is None:
-        return "balanced", None
-    if "=" not in goal:
-        goal_book.named(goal)
-        return goal, None
-    terms = dict.fromkeys(Weights.__struct_fields__, 0.0)
-    for pair in goal.split(","):
-        name, _, figure = pair.partition("=")
-        try:
-            terms[name.strip()] = float(figure) if name.strip() in terms else float("nan")
-        except ValueError:
-            terms[name.strip()] = float("nan")
-    return None, goal_book.checked(
-        Weights(**{n: v for n, v in terms.items() if n in Weights.__struct_fields__})
-    )
-
-
 def ask_of(workload: Workload, index: int, max_tokens: int | None) -> Ask:
     """Request `index` of a workload, as the gateway would read it off a one-turn chat."""
     prompt = workload.queries[index].prompt
@@ -353,6 +365,12 @@ def ask_of(workload: Workload, index: int, max_tokens: int | None) -> Ask:
         stream=True,
         max_tokens=max_tokens,
     )
+
+
+def rated(seed: int, count: int, share: float) -> tuple[bool, ...]:
+    """Which requests are rated, if they are answered: the same for every policy, and the same as in bench."""
+    draw = Random(f"feedback {seed}")
+    return tuple(draw.random() < share for _ in range(count))
 
 
 def row_of(

@@ -12,15 +12,17 @@ so they get one token in that time; Orca, Yu et al. OSDI 2022, for iteration-lev
 from __future__ import annotations
 
 import asyncio
+import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from calm.ports import Clock
 from calm.profile import MachineProfile, ModelProfile
 
-NEARLY = 1e-9
-"""Work below this is done: what is left of it is rounding."""
+EARLY_S = 2e-9
+"""An event loop's timers ring up to a nanosecond before their time: work that takes no longer is done."""
 
 
 class Work:
@@ -44,16 +46,20 @@ class Work:
 class SimulatedEngine:
     """One resident engine of the machine."""
 
-    def __init__(self, machine: SimulatedMachine, number: int, profile: ModelProfile) -> None:
+    def __init__(
+        self, machine: SimulatedMachine, number: int, profile: ModelProfile, *, apart: bool = False
+    ) -> None:
         self.number = number
         self.profile = profile
+        self.apart = apart
+        """On another machine: neither slows the engines of this one nor is slowed by them."""
         self.joules = 0.0
         self.served = 0
         self._machine = machine
         self._counts, self._rates = rates(profile)
         self._reading: deque[Work] = deque()
         self._decoding: dict[Work, None] = {}
-        self._speed = machine.speed
+        self._speed = machine.speed_of(self)
         self._settled_s = machine.clock.now()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -97,7 +103,7 @@ class SimulatedEngine:
         if self._reading:
             self._reading[0].prefill_left_s -= passed_s * self._speed
         elif self._decoding:
-            tokens = passed_s * self._speed * self._rate() / len(self._decoding)
+            tokens = passed_s * self._each_tps()
             for work in self._decoding:
                 work.tokens_left -= tokens / work.stretch
 
@@ -119,9 +125,10 @@ class SimulatedEngine:
     def _event(self) -> None:
         self._timer = None
         self.settle()
-        if self._reading and self._reading[0].prefill_left_s <= NEARLY:
+        if self._reading and self._reading_s() <= self._rounding_s:
             self._finish_reading(self._reading.popleft())
-        for work in [w for w in self._decoding if w.tokens_left <= NEARLY]:
+        tokens = self._each_tps() * self._rounding_s
+        for work in [w for w in self._decoding if w.tokens_left * w.stretch <= tokens]:
             del self._decoding[work]
             resolve(work.done)
         self._after_change()
@@ -159,12 +166,40 @@ class SimulatedEngine:
         if not self.active or self._speed <= 0:
             return None
         if self._reading:
-            return max(0.0, self._reading[0].prefill_left_s / self._speed)
-        each = self._rate() / len(self._decoding)
-        return max(0.0, min(w.tokens_left * w.stretch for w in self._decoding) / (each * self._speed))
+            return max(0.0, self._reading_s())
+        return max(0.0, min(w.tokens_left * w.stretch for w in self._decoding) / self._each_tps())
+
+    def _reading_s(self) -> float:
+        """Seconds to the end of the prompt that is read."""
+        return self._reading[0].prefill_left_s / self._speed
+
+    def _each_tps(self) -> float:
+        """Tokens per second of each sequence, while nothing is read."""
+        return self._speed * self._rate() / max(1, len(self._decoding))
+
+    @property
+    def _rounding_s(self) -> float:
+        """What is left of work because clocks are floats, coarser the longer they have run."""
+        return EARLY_S + 4 * math.ulp(self._machine.clock.now())
 
     def _rate(self) -> float:
         return interpolated(self._counts, self._rates, len(self._decoding))
+
+
+class Load:
+    """A model on its way into memory; its joules are used evenly over its time."""
+
+    __slots__ = ("_began_s", "_joules", "_takes_s")
+
+    def __init__(self, joules: float, takes_s: float, began_s: float) -> None:
+        self._joules = joules
+        self._takes_s = takes_s
+        self._began_s = began_s
+
+    def spent_j(self, now_s: float) -> float:
+        if self._takes_s <= 0:
+            return 0.0
+        return self._joules * min(1.0, (now_s - self._began_s) / self._takes_s)
 
 
 class SimulatedMachine:
@@ -176,7 +211,9 @@ class SimulatedMachine:
         self._contention = profile.contention
         self._loads_block = profile.loads_block
         self._loading = 0
-        self._active: set[SimulatedEngine] = set()
+        self._loads: dict[Load, None] = {}
+        self._active: dict[SimulatedEngine, None] = {}
+        """In the order they woke: a set's order differs between processes."""
         self._made = 0
         self._gone_j = 0.0
 
@@ -190,15 +227,34 @@ class SimulatedMachine:
 
     @property
     def joules(self) -> float:
-        """Everything spent so far, by engines that are and engines that were."""
+        """Everything spent so far, by engines that are, that were and that load."""
         for engine in self.engines.values():
             engine.settle()
-        return self._gone_j + sum(engine.joules for engine in self.engines.values())
+        loads_j = sum(load.spent_j(self.clock.now()) for load in self._loads)
+        return self._gone_j + loads_j + sum(engine.joules for engine in self.engines.values())
 
-    def make(self, profile: ModelProfile) -> SimulatedEngine:
+    def speed_of(self, engine: SimulatedEngine) -> float:
+        return 1.0 if engine.apart else self.speed
+
+    @contextmanager
+    def loading(self, joules: float, takes_s: float) -> Iterator[None]:
+        """A load under way. One that is broken off has used its share of the joules; `make` charges a whole one."""
+        load = Load(joules, takes_s, self.clock.now())
+        self._loads[load] = None
+        self.load_began()
+        try:
+            yield
+        except BaseException:
+            self._gone_j += load.spent_j(self.clock.now())
+            raise
+        finally:
+            del self._loads[load]
+            self.load_ended()
+
+    def make(self, profile: ModelProfile, *, apart: bool = False) -> SimulatedEngine:
         """An engine that is in memory now; what its load cost is on its meter."""
         self._made += 1
-        engine = self.engines[self._made] = SimulatedEngine(self, self._made, profile)
+        engine = self.engines[self._made] = SimulatedEngine(self, self._made, profile, apart=apart)
         engine.joules += profile.load_j
         return engine
 
@@ -209,11 +265,12 @@ class SimulatedMachine:
             self.slept(engine)
 
     def woke(self, engine: SimulatedEngine) -> None:
-        self._change(lambda: self._active.add(engine))
-        engine.change_speed(self.speed)
+        if not engine.apart:
+            self._change(lambda: self._active.setdefault(engine))
+        engine.change_speed(self.speed_of(engine))
 
     def slept(self, engine: SimulatedEngine) -> None:
-        self._change(lambda: self._active.discard(engine))
+        self._change(lambda: self._active.pop(engine, None))
 
     def load_began(self) -> None:
         self._change(lambda: setattr(self, "_loading", self._loading + 1))
@@ -221,7 +278,7 @@ class SimulatedMachine:
     def load_ended(self) -> None:
         self._change(lambda: setattr(self, "_loading", self._loading - 1))
 
-    def _change(self, change: Callable[[], None]) -> None:
+    def _change(self, change: Callable[[], object]) -> None:
         before = self.speed
         change()
         if self.speed != before:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace as with_changed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from statistics import fmean
 
 from msgspec.structs import replace
 
-from calm.errors import BadInput
+from calm.errors import BadInput, CalmError
 from calm.execute.eviction import parse_eviction
 from calm.plan import goals as goal_book
 from calm.plan.policies import make_policy
 from calm.profile import ModelProfile
 from calm.records import Weights
 from calm.replay.hindsight import belady_count
-from calm.replay.house import House, fleet_for, remembering, run_trial, steering_of, whole_fleet_bytes
+from calm.replay.house import House, fleet_for, remembering, run_trial, whole_fleet_bytes
 from calm.report.records import Setup, Trial
 from calm.workloads.records import Workload
 
@@ -44,30 +46,43 @@ Job = tuple[Setup, int]
 def check_setups(setups: Iterable[Setup], house: House) -> None:
     """Raises BadInput for the first policy, cache or goal that cannot be run on this fleet and budget."""
     fleet_for(house.fleet, house.profile)
+    once = with_changed(house, minilm=remembering(house.minilm))
     for setup in setups:
-        _check_policy(setup.policy, house)
+        _check_policy(setup.policy, once)
         _check_cache(setup.cache)
-        steering_of(setup.goal)
+        goal_book.read_aim(setup.goal)
     _check_budget(house)
 
 
 def _check_policy(spec: str, house: House) -> None:
-    if spec not in (HINDSIGHT, *ORACLES):
+    if spec in (HINDSIGHT, *ORACLES):
+        return
+    try:
         make_policy(spec, embedder=house.minilm, models=list(house.fleet))
+    except BadInput as error:
+        also = ", ".join((*ORACLES, HINDSIGHT))
+        raise BadInput(f"{error.message} (replay also has {also})", field="policy") from None
 
 
 def _check_cache(spec: str) -> None:
     if spec.partition(":")[0] == "belady":
         belady_count(spec)
     elif spec != "none":
-        parse_eviction(spec)
+        try:
+            parse_eviction(spec)
+        except BadInput as error:
+            raise BadInput(f"{error.message} (replay also has none, belady[:K])", field="cache") from None
 
 
 def _check_budget(house: House) -> None:
-    """The largest model alone has to fit."""
-    models = [n for n, card in house.fleet.items() if not card.remote]
-    largest = max(models, key=lambda name: house.profile.models[name].memory_bytes, default=None)
-    need = 0 if largest is None else house.profile.models[largest].memory_bytes
+    """The largest model alone has to fit, as it is and as its card says."""
+    needs = {
+        name: max(house.profile.models[name].memory_bytes, card.memory_hint_bytes or 0)
+        for name, card in house.fleet.items()
+        if not card.remote
+    }
+    largest = max(needs, key=needs.__getitem__, default=None)
+    need = 0 if largest is None else needs[largest]
     if need > house.budget_bytes:
         raise BadInput(
             f"a budget of {house.budget_bytes / 1e9:.2f} GB cannot hold {largest} ({need / 1e9:.2f} GB); "
@@ -78,11 +93,15 @@ def _check_budget(house: House) -> None:
 
 
 def check_load(setups: Iterable[Setup], house: House, workload: Workload) -> None:
-    """Raises BadInput where a load is so far beyond what its models can serve that figures mean nothing."""
-    for setup in setups:
-        name = setup.policy.partition(":")[2] if setup.policy.startswith("fixed:") else None
-        models = [name] if name else list(house.fleet)
-        over = overload(models, house, workload)
+    """Raises BadInput where a load is so far beyond what its models can serve that figures mean nothing.
+
+    A single request has no rate: it is never too much.
+    """
+    if len(workload.queries) < 2:
+        return
+    fixed = (s.policy.partition(":")[2] if s.policy.startswith("fixed:") else None for s in setups)
+    for name in dict.fromkeys(fixed):
+        over = overload([name] if name else list(house.fleet), house, workload)
         if over > MOST_OVERLOAD:
             raise BadInput(
                 f"the load is {over:,.0f} times what {name or 'the fastest models together'} can serve at best: "
@@ -97,9 +116,10 @@ def overload(models: Sequence[str], house: House, workload: Workload) -> float:
     Every request on the quickest of `models`, each engine at its best batch, as many engines as there are cores.
     """
     engines = min(len(models), house.profile.machine.cores)
+    kinds = Counter((query.domain, len(query.prompt)) for query in workload.queries)
     work_s = sum(
-        min(least_s(house.profile.models[m], q.domain, len(q.prompt), house.max_tokens) for m in models)
-        for q in workload.queries
+        count * min(least_s(house.profile.models[m], domain, chars, house.max_tokens) for m in models)
+        for (domain, chars), count in kinds.items()
     )
     return work_s / engines / max(workload.duration_s, 1e-9)
 
@@ -116,15 +136,18 @@ def least_s(model: ModelProfile, domain: str, prompt_chars: int, max_tokens: int
 
 
 def jobs_of(setups: Sequence[Setup], seeds: Sequence[int]) -> tuple[Job, ...]:
-    """Every trial to run, seed by seed; `hindsight` as its whole grid."""
+    """Every trial to run once, seed by seed; `hindsight` as its whole grid."""
     wide = [inner for setup in setups for inner in (grid(setup) if setup.policy == HINDSIGHT else (setup,))]
-    return tuple((setup, seed) for seed in seeds for setup in wide)
+    return tuple((setup, seed) for seed in seeds for setup in dict.fromkeys(wide))
 
 
 def run_jobs(
     jobs: Sequence[Job], house: House, workload: Callable[[int], Workload], processes: int
 ) -> Iterator[Trial]:
-    """Trials as they end. Leaving early (Ctrl-C too) stops the rest."""
+    """Trials as they end. Leaving early (Ctrl-C too) stops the rest at once.
+
+    Raises CalmError when a process is killed from outside.
+    """
     workloads = {seed: workload(seed) for seed in dict.fromkeys(seed for _, seed in jobs)}
     if processes <= 1 or len(jobs) <= 1:
         own = with_changed(house, minilm=remembering(house.minilm))
@@ -137,16 +160,25 @@ def run_jobs(
 def _pooled(
     jobs: Sequence[Job], house: House, workloads: Mapping[int, Workload], processes: int
 ) -> Iterator[Trial]:
+    others = frozenset(active_children())
     pool = ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(house,)
     )
+    todo: set[Future[Trial]] = set()
     try:
         todo = {pool.submit(_work, workloads[seed], setup) for setup, seed in jobs}
         while todo:
             done, todo = wait(todo, return_when=FIRST_COMPLETED)
             yield from (trial.result() for trial in done)
+    except BrokenProcessPool:
+        raise CalmError(
+            "a process that ran trials was ended from outside, perhaps for want of memory; give fewer --jobs"
+        ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        if todo:  # a trial takes minutes: whoever leaves early must not have to wait for those under way
+            for worker in set(active_children()) - others:
+                worker.terminate()
 
 
 _house: list[House] = []
@@ -206,12 +238,8 @@ def chosen(setups: Sequence[Setup], trials: Sequence[Trial]) -> tuple[Trial, ...
     for setup in setups:
         if setup.policy == HINDSIGHT:
             points = frozenset(grid(setup))
-            _, weights = steering_of(setup.goal)
-            found += best_in_hindsight([t for t in trials if t.setup in points], weights or wanted_by(setup))
+            wanted = goal_book.read_aim(setup.goal).wanted
+            found += best_in_hindsight([t for t in trials if t.setup in points], wanted)
         else:
             found += [t for t in trials if t.setup == setup]
     return tuple(found)
-
-
-def wanted_by(setup: Setup) -> Weights:
-    return goal_book.named(setup.goal or "balanced")

@@ -1,0 +1,89 @@
+"""What the experiments share: run the trials of many setups with progress, kept and resumed, and compare them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from calm.replay.house import House
+from calm.replay.study import jobs_of, run_jobs
+from calm.report.figures import Figures, figures_of
+from calm.report.files import StudyDirectory, provenance
+from calm.report.intervals import Interval, difference, interval, ratio
+from calm.report.records import Setup, Study, Trial
+from calm.workloads.records import WorkloadSpec
+from calm.workloads.workload import open_source
+
+SLO_S = 60.0
+
+
+def replayed(
+    title: str,
+    setups: Sequence[Setup],
+    seeds: int,
+    house: House,
+    spec: WorkloadSpec,
+    out: Path,
+    settings: str,
+) -> Study:
+    """All setups on all seeds of one workload, from `out` where they are there already."""
+    directory = StudyDirectory(out, settings)
+    jobs = jobs_of(setups, range(seeds))
+    todo = [job for job in jobs if directory.find(*job) is None]
+    source = open_source(spec, list(house.fleet))
+    done = run_jobs(todo, house, source.workload, os.cpu_count() or 1)
+    for trial in track(done, description=title, total=len(todo), transient=True):
+        directory.keep(trial)
+    trials = [found for job in jobs if (found := directory.find(*job)) is not None]
+    study = Study(
+        title=title, provenance=provenance(title), slo_s=SLO_S, trials=tuple(trials), notes=source.notes
+    )
+    directory.finish(study)
+    return study
+
+
+def by_setup(study: Study) -> dict[Setup, dict[int, Figures]]:
+    """Figures of each seed, by setup in the study's order."""
+    found: dict[Setup, dict[int, Figures]] = {}
+    for trial in study.trials:
+        found.setdefault(trial.setup, {})[trial.seed] = figures_of(trial, study.slo_s)
+    return found
+
+
+def values(figures: Mapping[int, Figures], name: str) -> dict[int, float | None]:
+    return {seed: getattr(figure, name) for seed, figure in figures.items()}
+
+
+def mean_of(figures: Mapping[int, Figures], name: str) -> Interval | None:
+    return interval(values(figures, name).values())
+
+
+def times(candidate: Mapping[int, Figures], baseline: Mapping[int, Figures], name: str) -> Interval | None:
+    return ratio(values(candidate, name), values(baseline, name))
+
+
+def more(candidate: Mapping[int, Figures], baseline: Mapping[int, Figures], name: str) -> Interval | None:
+    return difference(values(candidate, name), values(baseline, name))
+
+
+def shown(found: Interval | None, digits: int = 2, *, bounds: bool = True) -> str:
+    """0.61 (0.58-0.64)"""
+    if found is None:
+        return "-"
+    text = f"{found.value:.{digits}f}"
+    if not bounds or found.low is None or found.high is None:
+        return text
+    return f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def trials_of(study: Study, setup: Setup) -> list[Trial]:
+    return [trial for trial in study.trials if trial.setup == setup]
