@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
+import msgspec
+
 from calm.errors import BadInput, UnknownRequest
 from calm.execute.executor import Executor
 from calm.gateway.service import Document, Readiness, Reply, Steering
@@ -16,6 +18,7 @@ from calm.intake import Intake
 from calm.journal import Entry, Journal
 from calm.loop import Orchestrator, Served
 from calm.plan import goals as goal_book
+from calm.plan.floor import keeper, tuning_for
 from calm.plan.policies import policy_choices
 from calm.ports import EventLog, Policy, Recall
 from calm.records import Ask, Feedback, ModelCard, Snapshot, StoredRequest, Weights
@@ -34,8 +37,10 @@ class Control:
         journal: Journal,
         recall: Recall,
         events: EventLog,
-        make_policy: Callable[[str], Policy],
+        make_policy: Callable[[str, float | None], Policy],
+        spec: str,
     ) -> None:
+        """`make_policy` builds a spec for a floor under quality or none; `spec` is that of the policy in force."""
         self._loop = loop
         self._executor = executor
         self._intake = intake
@@ -43,6 +48,7 @@ class Control:
         self._recall = recall
         self._events = events
         self._make_policy = make_policy
+        self._spec = spec
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -138,20 +144,28 @@ class Control:
             "policy": steering.policy.name,
             "goal": None if steering.weights else steering.goal,
             "weights": weights,
+            "quality_floor": steering.floor.promised if steering.floor else None,
+            "quality_price": steering.floor.in_force if steering.floor else None,
             "available": policy_choices(),
         }
 
     async def steer(self, change: Steering) -> None:
-        """All of the change or none of it. Raises BadInput for an unknown policy or goal."""
+        """All of the change or none of it. Raises BadInput for an unknown policy or goal, or a floor out of range.
+
+        A floor that stays begins a fresh account: what it has seen was weighed otherwise.
+        """
         steering = self._loop.steering
-        policy = steering.policy
+        policy, spec = steering.policy, self._spec if change.policy is None else change.policy
+        before = steering.floor.promised if steering.floor else None
+        promised = before if change.quality_floor is msgspec.UNSET else change.quality_floor
+        floor = keeper(promised)
         if change.goal is not None:
             goal_book.named(change.goal, goals=steering.goals)
         if change.weights is not None:
             goal_book.checked(change.weights)
-        if change.policy is not None:
-            policy = await asyncio.to_thread(self._make_policy, change.policy)
-        steering.policy = policy
+        if change.policy is not None or tuning_for(promised) != tuning_for(before):
+            policy = await asyncio.to_thread(self._make_policy, spec, promised)
+        steering.policy, self._spec, steering.floor = policy, spec, floor
         if change.goal is not None:
             steering.goal, steering.weights = change.goal, None
         if change.weights is not None:

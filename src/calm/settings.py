@@ -23,6 +23,7 @@ from calm.errors import BadInput
 from calm.records import Strict, Weights
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Inside = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 PositiveInt = Annotated[int, msgspec.Meta(gt=0)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
@@ -97,6 +98,8 @@ class PolicySettings(Strict, frozen=True, kw_only=True):
     """Named weights: balanced, latency, energy, quality, or one of [goals]."""
     weights: Weights | None = None
     """Explicit weights; they override the goal."""
+    quality_floor: Inside | None = None
+    """Mean quality (above 0, below 1) to hold at the least latency and energy; unset: the weights alone decide."""
     embedder: Literal["static", "minilm", "none"] = "static"
     """static: 256-d word vectors; minilm: 384-d sentence vectors, slower and heavier; none: no content."""
     seed: int = 0

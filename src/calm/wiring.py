@@ -49,6 +49,7 @@ from calm.monitor.language import LanguageDetector
 from calm.monitor.resources import Resources
 from calm.monitor.window import Workload
 from calm.plan import goals as goal_book
+from calm.plan.floor import keeper, tuning_for
 from calm.plan.policies import make_policy
 from calm.ports import Embedder, Policy
 from calm.records import ModelCard, ModelState, Residency
@@ -124,12 +125,13 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
     )
     stack.push_async_callback(executor.close, settings.server.shutdown_grace_s)
 
-    def policy(spec: str) -> Policy:
+    def policy(spec: str, quality_floor: float | None = None) -> Policy:
         return make_policy(
             spec,
             embedder=lambda: load_minilm(cache),
             seed=settings.policy.seed,
             models=list(intake.cards) or None,
+            tuning=tuning_for(quality_floor),
         )
 
     orchestrator = Orchestrator(
@@ -160,7 +162,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
     journal = Journal(clock, store, [orchestrator.moved, counted(metrics, executor.snapshot_models)])
     executor.subscribe(journal.moved)
     await intake.start()
-    orchestrator.steering.policy = policy(settings.policy.name)
+    orchestrator.steering.policy = policy(settings.policy.name, settings.policy.quality_floor)
     orchestrator.recall()
     await orchestrator.adapt()  # warming begins before the first request
     stack.callback(orchestrator.checkpoint)
@@ -173,6 +175,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
         recall=store,
         events=store,
         make_policy=policy,
+        spec=settings.policy.name,
     )
     for work in (
         intake.follow(),
@@ -226,10 +229,11 @@ def guard(settings: Settings, keys: Keys, loopback: bool) -> Guard:
 
 
 def steer(steering: Steering, settings: Settings) -> None:
-    """The operator's goals and weights. Raises BadInput when the goal is unknown."""
+    """The operator's goals, weights and floor under quality. Raises BadInput when the goal is unknown."""
     steering.goals.update(settings.goals)
     goal_book.named(settings.policy.goal, field="policy.goal", goals=steering.goals)
     steering.goal, steering.weights = settings.policy.goal, settings.policy.weights
+    steering.floor = keeper(settings.policy.quality_floor)
 
 
 def make_embedder(kind: str, cache: Path) -> Embedder | None:

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from calm.bench import progress
-from calm.bench.campaign import Campaign, Job, Terms, interleaved, still_missing, warm_up
+from calm.bench.campaign import Campaign, Job, Terms, interleaved, still_missing
 from calm.bench.client import Answer, chat_body, rated, rating, take
 from calm.bench.progress import Board, in_short, in_words, remaining_s
-from calm.bench.server import as_toml, environment, goal_of, settings_for
+from calm.bench.server import as_toml, environment, settings_for
 from calm.bench.trials import (
     Ledger,
     duration_s,
@@ -47,8 +47,9 @@ from calm.records import (
     Weights,
 )
 from calm.report.records import Move, Setup, Trial
-from calm.settings import Settings, load_settings
+from calm.settings import PolicySettings, Settings, load_settings
 from calm.workloads.records import Query, Workload
+from calm.workloads.workload import warm_up
 
 CALM, LRU, RANDOM = (
     Setup(policy=p, cache=c) for p, c in (("calm", "calm"), ("calm", "lru"), ("random", "calm"))
@@ -160,15 +161,32 @@ def test_the_machines_own_settings_stay_and_the_users_own_knowledge_is_not_touch
     assert (made.knowledge.path, made.policy.goal) == (None, "balanced")
 
 
-def test_a_goal_is_a_name_or_weights() -> None:
-    assert goal_of("energy") == ("energy", None)
-    assert goal_of("latency=1, quality=2") == (None, Weights(latency=1, energy=0, quality=2))
-    assert settings(Setup(policy="calm", cache="calm", goal="latency=1")).policy.weights == Weights(
-        latency=1, energy=0, quality=0
-    )
-    for wrong in ("latency=much", "latency=-1", "speed=1"):
-        with pytest.raises(BadInput):
-            goal_of(wrong)
+@pytest.mark.parametrize(
+    ("goal", "name", "weights", "floor"),
+    [
+        (None, "balanced", None, None),
+        ("energy", "energy", None, None),
+        ("night", "night", None, None),
+        ("latency=1, quality=2", "balanced", Weights(latency=1, energy=0, quality=2), None),
+        ("quality>=0.7", "balanced", None, 0.7),
+        ("energy,quality>=0.7", "energy", None, 0.7),
+        ("latency=1,quality>=0.7", "balanced", Weights(latency=1, energy=0, quality=0), 0.7),
+    ],
+)
+def test_a_goal_is_a_name_weights_a_floor_or_both(
+    goal: str | None, name: str, weights: Weights | None, floor: float | None, tmp_path: Path
+) -> None:
+    mine = Settings(goals={"night": Weights()}, policy=PolicySettings(quality_floor=0.2))
+    file = tmp_path / "calm.toml"
+    file.write_text(as_toml(settings(Setup(policy="calm", cache="calm", goal=goal), mine)))
+    policy = load_settings(file, environ={}).policy
+    assert (policy.goal, policy.weights, policy.quality_floor) == (name, weights, floor)
+
+
+@pytest.mark.parametrize("wrong", ["latency=much", "latency=-1", "speed=1", "speed", "quality>=7"])
+def test_a_goal_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(BadInput):
+        settings(Setup(policy="calm", cache="calm", goal=wrong))
 
 
 def test_the_servers_environment_has_no_setting_of_ours() -> None:
@@ -447,7 +465,8 @@ def run(*arguments: str) -> Result:
         (("--policy", "paper:sideways"), "sideways"),
         (("--cache", "mru"), "eviction 'mru' is not known"),
         (("--goal", "speed"), "no goal 'speed'; choose one of"),
-        (("--goal", "latency=fast"), "neither a name nor like"),
+        (("--goal", "latency=fast"), "holds no number"),
+        (("--goal", "quality>=70"), "above 0 and below 1"),
         (("--fleet", "nowhere"), "cannot read the fleet directory"),
         (("--queries", "domains:nothing"), 'no domain set "nothing"'),
         (("--queries", "table:routerdc7"), "give domains:NAME"),

@@ -228,7 +228,9 @@ class House:
         if change.goal == "zzz":
             raise BadInput("goal: no goal 'zzz'; choose one of balanced", field="goal")
         self.told.append(("steer", change))
-        self.steering.update({k: v for k, v in msgspec.structs.asdict(change).items() if v is not None})
+        self.steering.update(
+            {k: v for k, v in msgspec.structs.asdict(change).items() if v not in (None, msgspec.UNSET)}
+        )
 
 
 FEATURES = Features(
@@ -479,6 +481,27 @@ def test_policy_and_goal_steer_the_server(server: Running) -> None:
     assert "fixed:smol" in shown
     assert "calm, fixed:NAME" in shown
     assert run("goal", "list").stdout.splitlines()[1].split() == ["balanced", "0.3", "0.2", "0.5", "0"]
+
+
+def test_a_floor_is_set_and_taken_away(server: Running) -> None:
+    said = run("policy", "set", "calm", "--quality-floor", "0.7").stdout
+    assert [line.split() for line in said.splitlines() if line.startswith("quality_floor")] == [
+        ["quality_floor", "0.7"]
+    ]
+    for text in ("none", "0"):
+        assert run("policy", "set", "calm", "--quality-floor", text).exit_code == 0
+    run("policy", "set", "calm")
+    run("goal", "set", "energy")
+    gone = ("steer", Steering(policy="calm", quality_floor=None))
+    assert server.house.told == [
+        ("steer", Steering(policy="calm", quality_floor=0.7)),
+        gone,
+        gone,
+        ("steer", Steering(policy="calm")),
+        ("steer", Steering(goal="energy")),
+    ]
+    for text in ("1", "70", "-0.1", "nan", "much", ""):
+        assert run("policy", "set", "calm", "--quality-floor", text).exit_code == 2
 
 
 def test_wrong_steering_says_what_there_is(server: Running) -> None:

@@ -173,6 +173,9 @@ def test_config_show_says_where_each_value_comes_from(home: Path, monkeypatch: p
         ('[policy]\nname = "clam"\n', "clam"),
         ('[policy]\nname = "paper:nonsense"\n', "nonsense"),
         ('[policy]\ngoal = "fast"\n', "no goal `fast`; there are balanced"),
+        ("[policy]\nquality_floor = 70\n", "policy.quality_floor"),
+        ("[policy]\nquality_floor = 0\n", "policy.quality_floor"),
+        ("[policy]\nquality_floor = nan\n", "policy.quality_floor"),
         ("[goals.mine]\nlatency = -1\n", "goals.mine.latency"),
         ("[server\n", "not valid TOML"),
     ],
@@ -187,7 +190,9 @@ def test_config_check_names_setting_and_reason(home: Path, text: str, words: str
 
 def test_config_check_of_a_good_and_of_a_missing_file(home: Path) -> None:
     file = home / "calm.toml"
-    file.write_text('[policy]\ngoal = "night"\n[goals.night]\nenergy = 1\nlatency = 0\nquality = 0\n')
+    file.write_text(
+        '[policy]\ngoal = "night"\nquality_floor = 0.7\n[goals.night]\nenergy = 1\nlatency = 0\nquality = 0\n'
+    )
     assert run("config", "check", str(file)).stdout == f"ok: {file}\n"
     assert json.loads(run("config", "check", "--json").stdout) == {"ok": True, "file": None}
     assert "no such config file" in run("config", "check", str(home / "none.toml")).stderr

@@ -362,7 +362,15 @@ async def test_goals_and_policy(client: Client) -> None:
     _, answer = await client.ask("PUT", "/calm/v1/policy", json={"policy": "paper", "weights": {"energy": 1}})
     assert answer["policy"] == "paper"
     assert client.service.steered.weights == Weights(latency=0, energy=1, quality=0, cost=0)
-    for bad in ({"policy": "x"}, {"speed": 1}, {"weights": []}):
+    assert answer["quality_floor"] is None
+    _, answer = await client.ask("PUT", "/calm/v1/policy", json={"quality_floor": 0.7})
+    assert answer["quality_floor"] == 0.7
+    await client.ask("PUT", "/calm/v1/policy", json={"quality_floor": None})
+    assert client.service.steered.quality_floor is None
+    await client.ask("PUT", "/calm/v1/policy", json={"goal": "energy"})
+    assert client.service.steered.quality_floor is msgspec.UNSET
+    bad_floors = [{"quality_floor": floor} for floor in (0, 1, -0.1, "0.7", True)]
+    for bad in ({"policy": "x"}, {"speed": 1}, {"weights": []}, *bad_floors):
         assert (await client.ask("PUT", "/calm/v1/policy", json=bad))[0].status == 400
 
 

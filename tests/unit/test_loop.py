@@ -25,6 +25,7 @@ from calm.meters.ledger import EnergyLedger
 from calm.monitor.features import extract
 from calm.monitor.resources import Resources
 from calm.monitor.window import Workload
+from calm.plan.floor import LEAST_SEEN, QualityFloor
 from calm.plan.policies import make_policy
 from calm.records import Ask, EngineSpec, Features, Feedback, ModelCard, PriorSpec, Weights, Wishes
 from calm.stores.sqlite import SqliteStore
@@ -147,6 +148,41 @@ async def test_the_callers_goal_decides(house: House, wishes: Wishes, chosen: st
     decision = house.loop.decide(ask(wishes=wishes), features_of(ask()))
     assert decision.ranked[0].model == chosen
     assert decision.goal == wishes.goal
+
+
+async def test_a_floor_sets_the_weight_of_quality(house: House) -> None:
+    """Of 0.9 and 0.3: the mean that was promised, whatever the goal's own weight of quality."""
+    house.loop.steering.floor = QualityFloor(0.6)
+    house.loop.steering.weights = Weights(latency=1, energy=0, quality=0)
+    decisions = [house.loop.decide(ask(f"r{number}"), features_of(ask())) for number in range(240)]
+    late = [one.estimates[one.ranked[0].model].quality.mean for one in decisions[40:]]
+    assert sum(late) / len(late) == pytest.approx(0.6, abs=0.02)
+    assert {one.weights.latency for one in decisions} == {1.0}
+    assert decisions[-1].weights.quality > 0.0, "what was decided by is what is recorded"
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"wishes": Wishes(goal="latency")},
+        {"wishes": Wishes(weights=Weights(latency=1, energy=0, quality=1))},
+        {"model": "fast"},
+    ],
+)
+async def test_a_request_that_says_what_matters_is_none_of_the_floors_business(
+    house: House, own: dict[str, object]
+) -> None:
+    floor = QualityFloor(0.6)
+    house.loop.steering.floor = floor
+    for number in range(LEAST_SEEN - 1):
+        house.loop.decide(ask(f"r{number}"), features_of(ask()))
+    account, without = (floor.debt, floor.price), Steering(policy=make_policy("calm"))
+    for number in range(3 * LEAST_SEEN):
+        kept = house.loop.decide(ask(f"o{number}", **own), features_of(ask()))
+    assert (floor.debt, floor.price) == account
+    house.loop.steering = without
+    free = house.loop.decide(ask(kept.request_id, **own), features_of(ask()))
+    assert (kept.weights, kept.ranked) == (free.weights, free.ranked)
 
 
 class Everybody:

@@ -7,11 +7,17 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
 
 from calm.backends.fake import FakeEngineServer, Script
 from calm.errors import BadInput, SourceError
 from calm.gateway.metrics import Metrics
+from calm.gateway.service import Steering as Change
+from calm.plan.floor import EXPLORATION, Price
+from calm.plan.policies import CalmPolicy
+from calm.plan.score import Tuning
+from calm.ports import Policy
 from calm.records import EngineSpec, ModelCard, ModelState, PriorSpec
 from calm.settings import load_settings
 from calm.wiring import build, completed, counted, make_minilm, runtime_directory
@@ -114,6 +120,57 @@ async def test_a_whole_server_answers_and_remembers(home: Path) -> None:
         assert stored["query"] is None  # prompts are not stored
     others = asyncio.all_tasks() - {asyncio.current_task()}
     assert not others, "nothing runs on after the server is gone"
+
+
+async def test_a_floor_under_quality_from_the_settings_and_while_running(home: Path) -> None:
+    (home / "fleet" / "one.toml").write_text(
+        'name = "one"\ndescription = "d"\nplacement = "local"\n'
+        '[engine]\nkind = "openai"\nurl = "http://127.0.0.1:9"\n'
+    )
+    environ = {
+        "CALM_SERVER__PORT": "0",
+        "CALM_ENERGY__METER": "absent",
+        "CALM_POLICY__QUALITY_FLOOR": "0.7",
+    }
+    async with AsyncExitStack() as stack:
+        house = await build(load_settings(environ=environ), stack)
+        steering = house.loop.steering
+
+        async def change(**fields: object) -> tuple[object, object]:
+            before = steering.policy
+            await house.control.steer(msgspec.convert(fields, Change))
+            return house.control.policy()["quality_floor"], steering.policy is not before
+
+        assert exploration(steering.policy) == EXPLORATION
+        shown = house.control.policy()
+        assert (shown["quality_floor"], shown["quality_price"]) == (0.7, None)
+
+        account = steering.floor
+        assert account is not None
+        account.price, account.debt = Price(1.0, 1.5), -1.0
+        assert house.control.policy()["quality_price"] == account.in_force
+        assert await change(goal="energy") == (0.7, False)
+        assert steering.floor is not account, "what it had seen was weighed otherwise"
+        assert await change(quality_floor=0.6) == (0.6, False)
+
+        assert await change(quality_floor=None) == (None, True)
+        assert (steering.policy.name, exploration(steering.policy)) == ("calm", Tuning().exploration)
+        assert await change(policy="random:7", quality_floor=0.5) == (0.5, True)
+        assert await change(policy="calm") == (0.5, True)
+        assert exploration(steering.policy) == EXPLORATION
+
+        standing = house.control.policy()
+        for wrong in ({"policy": "magic", "quality_floor": 0.9}, {"goal": "fun", "quality_floor": None}):
+            with pytest.raises(BadInput):
+                await change(**wrong)
+        with pytest.raises(BadInput, match="above 0 and below 1"):
+            await house.control.steer(Change(quality_floor=1.5))
+        assert house.control.policy() == standing
+
+
+def exploration(policy: Policy) -> float:
+    assert isinstance(policy, CalmPolicy)
+    return policy._tuning.exploration
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,14 @@ from calm.bench.client import Answer, Clients, Judge, Totals, offer, rated
 from calm.bench.progress import Board, in_short
 from calm.bench.server import KEEP_ALL, ServerFailed, TrialServer, settings_for, trial_directory
 from calm.bench.trials import Ledger, duration_s, loads, read_ledger, rows_of, sample_of, timeline
-from calm.errors import BadInput, CalmError
+from calm.errors import CalmError
 from calm.records import ModelCard, Snapshot
 from calm.report.records import Sample, Setup, Trial
 from calm.settings import Settings
-from calm.workloads.records import Query, Workload
+from calm.workloads.records import Workload
+from calm.workloads.workload import warm_up
 
 SAMPLE_S = 1.0
-WARM_SEED = 1_000_003
-"""Added to a trial's seed for the requests before it that are not counted."""
-WARM_ROUNDS = 50
 
 
 @dataclass(frozen=True)
@@ -96,32 +94,6 @@ def still_missing(jobs: Iterable[Job], done: Iterable[Trial]) -> tuple[Job, ...]
     """Jobs without a finished trial, in their order."""
     finished = {(trial.setup, trial.seed) for trial in done}
     return tuple(job for job in jobs if (job.setup, job.seed) not in finished)
-
-
-def warm_up(workload_of: Callable[[int], Workload], counted: Workload, count: int) -> Workload:
-    """`count` requests of other seeds, none of them a query of the counted workload.
-
-    Raises BadInput (field `warm_start`) when the query set is too small for that.
-    """
-    taken = {query.id for query in counted.queries}
-    arrivals_s: list[float] = []
-    queries: list[Query] = []
-    start_s = 0.0
-    for number in range(1, WARM_ROUNDS + 1):
-        extra = workload_of(counted.seed + number * WARM_SEED)
-        for at_s, query in zip(extra.arrivals_s, extra.queries, strict=True):
-            if query.id not in taken and len(queries) < count:
-                queries.append(query)
-                arrivals_s.append(start_s + at_s)
-        start_s += extra.duration_s
-        if len(queries) == count:
-            return Workload(
-                name=extra.name, seed=extra.seed, arrivals_s=tuple(arrivals_s), queries=tuple(queries)
-            )
-    raise BadInput(
-        f"--warm-start {count}: the sets have too few queries beside those of a trial; take fewer, or more sets",
-        field="warm_start",
-    )
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ import psutil
 from msgspec.structs import replace
 
 from calm import settings as configuration
-from calm.errors import BadInput, CalmError
+from calm.errors import CalmError
 from calm.execute.events import Discipline
-from calm.gateway.wishes import read_weights
-from calm.records import Weights
+from calm.plan import goals as goal_book
 from calm.report.records import Setup
 from calm.settings import FleetSettings, KnowledgeSettings, Logging, Memory, Server, Settings
 
@@ -56,12 +55,12 @@ class ServerFailed(CalmError):
 def settings_for(
     base: Settings, setup: Setup, *, seed: int, fleet: Path, budget_bytes: int, deadline_s: float
 ) -> Settings:
-    """The settings of one trial's server. Raises BadInput (field `goal`) for malformed weights.
+    """The settings of one trial's server. Raises BadInput (field `goal`) as `read_aim` does.
 
     Models are loaded ahead of demand where CALM's own eviction is compared; lru, lfu and fifo load what is
     asked for, as a plain cache does; with `none` the bench loads everything itself.
     """
-    goal, weights = goal_of(setup.goal)
+    aim = goal_book.read_aim(setup.goal, {**goal_book.GOALS, **base.goals})
     return replace(
         base,
         server=Server(port=0, deadline_s=deadline_s, max_queue=MAX_QUEUE, shutdown_grace_s=GRACE_S),
@@ -75,8 +74,9 @@ def settings_for(
         policy=replace(
             base.policy,
             name=setup.policy,
-            goal=goal or configuration.PolicySettings().goal,
-            weights=weights,
+            goal=aim.goal or configuration.PolicySettings().goal,
+            weights=aim.weights,
+            quality_floor=aim.quality_floor,
             seed=seed,
         ),
         knowledge=KnowledgeSettings(),
@@ -86,20 +86,6 @@ def settings_for(
 
 def preloads(cache: str) -> bool:
     return cache.partition(":")[0] == "calm"
-
-
-def goal_of(goal: str | None) -> tuple[str | None, Weights | None]:
-    """A goal's name, or the weights that `latency=1,quality=2` states. Raises BadInput."""
-    if goal is None or "=" not in goal:
-        return goal, None
-    try:
-        pairs = [pair.partition("=") for pair in goal.split(",")]
-        stated = {name.strip(): float(value) for name, _, value in pairs}
-    except ValueError:
-        raise BadInput(
-            f'--goal {goal}: neither a name nor like "latency=1,quality=2"', field="goal"
-        ) from None
-    return None, read_weights(stated, "goal")
 
 
 def as_toml(settings: Settings) -> str:

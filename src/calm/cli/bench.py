@@ -118,7 +118,7 @@ def check(
 
 def check_setup(setup: Setup, settings: Settings, cards: Mapping[str, ModelCard]) -> None:
     """Raises BadInput: a policy, cache or goal that there is not, or only in replay."""
-    from calm.bench.server import KEEP_ALL, goal_of
+    from calm.bench.server import KEEP_ALL
     from calm.execute.eviction import parse_eviction
     from calm.plan import goals
     from calm.plan.paper import parse_paper
@@ -136,9 +136,7 @@ def check_setup(setup: Setup, settings: Settings, cards: Mapping[str, ModelCard]
         make_policy(setup.policy, models=list(cards))
     if setup.cache != KEEP_ALL:
         parse_eviction(setup.cache)
-    goal, _ = goal_of(setup.goal)
-    if goal is not None:
-        goals.named(goal, goals={**goals.GOALS, **settings.goals})
+    goals.read_aim(setup.goal, {**goals.GOALS, **settings.goals})
 
 
 def check_weights(setups: Sequence[Setup], cards: Mapping[str, ModelCard], directory: Path) -> None:

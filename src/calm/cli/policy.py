@@ -24,6 +24,7 @@ def policy() -> None:
     Example:
       calm policy show
       calm policy set calm --weights latency=1,quality=2
+      calm policy set calm --quality-floor 0.7
     """
 
 
@@ -31,7 +32,8 @@ def policy() -> None:
 @json_option
 @client_options
 def show(as_json: bool, url: str, key_env: str) -> None:
-    """Show the policy in force, its goal and weights, and the policies there are.
+    """Show the policy in force, its goal and weights, the floor under quality with its price, and the policies
+    there are.
 
     \b
     Example:
@@ -46,23 +48,42 @@ def show(as_json: bool, url: str, key_env: str) -> None:
 @click.option(
     "--weights", metavar="NAME=W,...", help="Your own weights, e.g. latency=1,quality=2; others are 0."
 )
+@click.option(
+    "--quality-floor",
+    metavar="Q",
+    help="Mean quality, e.g. 0.7, to hold at the least latency and energy; none takes it away.",
+)
 @json_option
 @client_options
 def set_policy(
-    spec: str, goal: str | None, weights: str | None, as_json: bool, url: str, key_env: str
+    spec: str,
+    goal: str | None,
+    weights: str | None,
+    quality_floor: str | None,
+    as_json: bool,
+    url: str,
+    key_env: str,
 ) -> None:
     """Choose the policy: calm, paper[:mode[:lambda]], fixed:NAME, random[:seed], round-robin, least-loaded,
-    or an installed plug-in; with a goal, or weights, of which only the ratios count. Requests under way keep
-    the choice they were made with.
+    or an installed plug-in; with a goal, or weights, of which only the ratios count; with a floor under
+    quality. What is not given stays. Requests under way keep the choice they were made with.
 
     \b
     Example:
       calm policy set calm --goal energy
+      calm policy set calm --quality-floor 0.7
       calm policy set fixed:tinyllama-1.1b
     """
     if goal is not None and weights is not None:
         raise click.UsageError("give --goal or --weights, not both: a goal is a name for weights")
-    steer({"policy": spec, "goal": goal, "weights": parse_weights(weights)}, as_json, url, key_env)
+    change = {"policy": spec, "goal": goal, "weights": parse_weights(weights)}
+    floor = {} if quality_floor is None else {"quality_floor": parse_floor(quality_floor)}
+    steer(
+        {**{name: value for name, value in change.items() if value is not None}, **floor},
+        as_json,
+        url,
+        key_env,
+    )
 
 
 @click.group(short_help="Show or change what matters in the choice.")
@@ -81,7 +102,8 @@ def goal() -> None:
 @json_option
 @client_options
 def set_goal(name: str, as_json: bool, url: str, key_env: str) -> None:
-    """Set the goal: balanced, latency, energy, quality, or one of the configuration's [goals].
+    """Set the goal: balanced, latency, energy, quality, or one of the configuration's [goals]. A floor under
+    quality stays.
 
     \b
     Example:
@@ -112,8 +134,7 @@ def list_goals(as_json: bool, url: str, key_env: str) -> None:
 
 def steer(change: Mapping[str, object], as_json: bool, url: str, key_env: str) -> None:
     """PUT what was given, and show what is in force now."""
-    body = {name: value for name, value in change.items() if value is not None}
-    raw = connect(url, key_env).call("PUT", "/calm/v1/policy", body)
+    raw = connect(url, key_env).call("PUT", "/calm/v1/policy", change)
     print_policy(decode(raw, Document), as_json)
 
 
@@ -142,12 +163,27 @@ def weight(name: str, text: str) -> float:
     return value
 
 
+def parse_floor(text: str) -> float | None:
+    """0..1 exclusive; `none` and 0 for no floor, which is None. Raises BadParameter."""
+    try:
+        value = 0.0 if text.strip().lower() == "none" else float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < 1.0:
+        raise click.BadParameter(
+            f'"{text}" is no number above 0 and below 1, and not none', param_hint="--quality-floor"
+        )
+    return value or None
+
+
 def print_policy(found: Document, as_json: bool) -> None:
     if as_json:
         emit_json(found)
         return
-    for name, value in lines(found):
-        click.echo(f"{click.style(f'{name:<10}', bold=True)}{printable(value)}")
+    said = lines(found)
+    width = max((len(name) for name, _ in said), default=0) + 2
+    for name, value in said:
+        click.echo(f"{click.style(f'{name:<{width}}', bold=True)}{printable(value)}")
 
 
 def lines(found: Document) -> list[tuple[str, str]]:
@@ -163,4 +199,4 @@ def in_words(value: object) -> str:
         )
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

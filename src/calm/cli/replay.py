@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,14 @@ REMARK = "simulated time: engines take what the profile says, decisions take no 
     help="Seconds after which a request has failed.  [default: none]",
 )
 @click.option(
+    "--warm-start",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Rated requests of another seed before each trial, not counted: the policy has learned from them.",
+)
+@click.option(
     "--max-queue", type=click.IntRange(0), metavar="N", help="Requests that may wait.  [default: any number]"
 )
 @click.option(
@@ -76,9 +84,11 @@ def replay(as_json: bool, fleet: str | None, profile_file: str, budget: str | No
     check_extra()
     cards, profile = fleet_and_profile(fleet, profile_file)
     house = house_of(plan, cards, profile, budget, flags)
-    source = checked(plan, house, overload=bool(flags["overload"]))
-    keeper = Keeper(wide(plan), directory_of(plan, house))
-    run(plan, house, source, keeper, processes=cast("int | None", flags["jobs"]), as_json=as_json)
+    warm_start = cast("int", flags["warm_start"])
+    source = checked(plan, house, warm_start, overload=bool(flags["overload"]))
+    keeper = Keeper(wide(plan), directory_of(plan, house, warm_start))
+    run(plan, house, source, keeper, processes=cast("int | None", flags["jobs"]), warm_start=warm_start)
+    finish(plan, (*source.notes, *remarks(warm_start)), keeper, as_json=as_json)
 
 
 # --- what the flags say -----------------------------------------------------------------------------
@@ -121,15 +131,16 @@ def house_of(
     return replace(house, budget_bytes=whole if budget is None else parse_bytes(budget, whole))
 
 
-def checked(plan: StudyPlan, house: House, *, overload: bool) -> Source:
+def checked(plan: StudyPlan, house: House, warm_start: int, *, overload: bool) -> Source:
     """Everything that can be refused is refused now. Raises BadInput."""
-    from calm.replay.study import check_load, check_setups
+    from calm.replay.study import check_load, check_setups, load_of
     from calm.workloads.workload import open_source
 
     check_setups(plan.setups, house)
     source = open_source(plan.workload, list(house.fleet))
+    counted, _ = load_of(source.workload, plan.seeds[0], warm_start)
     if not overload:
-        check_load(plan.setups, house, source.workload(plan.seeds[0]))
+        check_load(plan.setups, house, counted)
     return source
 
 
@@ -140,14 +151,16 @@ def wide(plan: StudyPlan) -> StudyPlan:
     return replace(plan, setups=tuple(dict.fromkeys(setup for setup, _ in jobs_of(plan.setups, plan.seeds))))
 
 
-def directory_of(plan: StudyPlan, house: House) -> StudyDirectory | None:
+def directory_of(plan: StudyPlan, house: House, warm_start: int) -> StudyDirectory | None:
     """Where trials are kept. Raises BadInput when it holds trials of other settings."""
     from calm.report.files import StudyDirectory, fingerprint
 
-    return None if plan.out is None else StudyDirectory(plan.out, fingerprint(conditions(plan, house)))
+    if plan.out is None:
+        return None
+    return StudyDirectory(plan.out, fingerprint(conditions(plan, house, warm_start)))
 
 
-def conditions(plan: StudyPlan, house: House) -> dict[str, object]:
+def conditions(plan: StudyPlan, house: House, warm_start: int = 0) -> dict[str, object]:
     """What all trials of a directory have in common, beside setup and seed. No path of this machine."""
     import msgspec
 
@@ -166,6 +179,7 @@ def conditions(plan: StudyPlan, house: House) -> dict[str, object]:
         "budget_bytes": house.budget_bytes,
         "deadline_s": house.deadline_s,
         "max_queue": house.max_queue,
+        **({"warm_start": warm_start} if warm_start else {}),
     }
 
 
@@ -188,7 +202,13 @@ def short_digest(data: bytes) -> str:
 
 
 def run(
-    plan: StudyPlan, house: House, source: Source, keeper: Keeper, *, processes: int | None, as_json: bool
+    plan: StudyPlan,
+    house: House,
+    source: Source,
+    keeper: Keeper,
+    *,
+    processes: int | None,
+    warm_start: int = 0,
 ) -> None:
     """Raises Exit (130) after Ctrl-C, with what is finished kept."""
     from calm.replay.study import jobs_of, run_jobs
@@ -197,13 +217,12 @@ def run(
     jobs = [job for job in jobs_of(plan.setups, plan.seeds) if job not in done]
     try:
         with Steps(len(jobs)) as step:
-            for trial in run_jobs(jobs, house, source.workload, processes or cores()):
+            for trial in run_jobs(jobs, house, source.workload, processes or cores(), warm_start=warm_start):
                 keeper.keep(trial)
                 step()
     except KeyboardInterrupt:
         interrupted(plan, len(keeper.trials), len(done) + len(jobs))
         raise click.exceptions.Exit(INTERRUPTED) from None
-    finish(plan, source, keeper, as_json=as_json)
 
 
 def cores() -> int:
@@ -248,7 +267,13 @@ def interrupted(plan: StudyPlan, finished: int, wanted: int) -> None:
         )
 
 
-def finish(plan: StudyPlan, source: Source, keeper: Keeper, *, as_json: bool) -> None:
+def remarks(warm_start: int) -> tuple[str, ...]:
+    """What a reader of the figures must know of the way they came about."""
+    warm = f"{count(warm_start, 'rated request')} before each trial {'is' if warm_start == 1 else 'are'} not counted"
+    return (REMARK, warm) if warm_start else (REMARK,)
+
+
+def finish(plan: StudyPlan, notes: Sequence[str], keeper: Keeper, *, as_json: bool) -> None:
     """Table, results.json and plots."""
     import msgspec
 
@@ -256,6 +281,6 @@ def finish(plan: StudyPlan, source: Source, keeper: Keeper, *, as_json: bool) ->
     from calm.report.files import provenance
 
     command = shlex.join(("calm", *sys.argv[1:]))
-    study = keeper.study(provenance(command), (*source.notes, REMARK))
+    study = keeper.study(provenance(command), notes)
     trials = chosen(plan.setups, study.trials)
     show_study(msgspec.structs.replace(study, title=TITLE, trials=trials), plan.out, as_json)

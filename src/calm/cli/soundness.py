@@ -33,8 +33,11 @@ def check_policy(settings: Settings) -> None:
 
 
 def check_goals(settings: Settings) -> None:
+    from calm.plan.floor import checked_floor
     from calm.plan.goals import GOALS, checked
 
+    if settings.policy.quality_floor is not None:
+        checked_floor(settings.policy.quality_floor, field="policy.quality_floor")
     for name, weights in settings.goals.items():
         checked(weights, field=f"goals.{name}")
     if settings.policy.weights is not None:

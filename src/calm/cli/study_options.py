@@ -64,7 +64,10 @@ _OPTIONS = (
         "--cache", "caches", metavar="SPEC", multiple=True, default=("calm",), show_default=True,
         help="Who leaves memory: calm, lru, lfu, fifo, each also as lru:3 (at most 3 models); none keeps all.",
     ),
-    click.option("--goal", "goals", metavar="NAME", multiple=True, help="Named weights: balanced, latency, ..."),
+    click.option(
+        "--goal", "goals", metavar="GOAL", multiple=True,
+        help="Named weights, your own (latency=1,quality=2), a floor (quality>=0.7), or both.",
+    ),
     click.option(
         "--queue", "queues", type=click.Choice(("fifo", "stcf")), multiple=True, default=("fifo",),
         show_default=True, help="Order of the waiting requests.",

@@ -156,7 +156,7 @@ class AdminApi:
         return json_response(self._service.policy())
 
     async def put_policy(self, request: web.Request) -> web.Response:
-        """Change the policy: any of {"policy", "goal", "weights"}."""
+        """Change the policy: any of {"policy", "goal", "weights", "quality_floor"}."""
         body = read_object(await read_body(request, self._limits), self._limits.max_depth)
         if body.get("weights") is not None:
             body["weights"] = read_weights(body["weights"], "weights")

@@ -205,7 +205,13 @@ class ScriptedService:
         self.named_goals.update(goals)
 
     def policy(self) -> Document:
-        return {"policy": self.steered.policy, "goal": self.steered.goal, "available": ["calm", "paper"]}
+        floor = self.steered.quality_floor
+        return {
+            "policy": self.steered.policy,
+            "goal": self.steered.goal,
+            "quality_floor": None if floor is msgspec.UNSET else floor,
+            "available": ["calm", "paper"],
+        }
 
     async def steer(self, change: Steering) -> None:
         if change.policy not in (None, "calm", "paper"):

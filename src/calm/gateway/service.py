@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import msgspec
 
 from calm.records import (
     Ask,
@@ -76,6 +78,8 @@ class Steering(Strict, frozen=True, kw_only=True):
     """calm, paper[:mode[:lambda]], fixed:NAME, random, round-robin, least-loaded, or a plug-in."""
     goal: str | None = None
     weights: Weights | None = None
+    quality_floor: Annotated[float, msgspec.Meta(gt=0, lt=1)] | msgspec.UnsetType | None = msgspec.UNSET
+    """Mean quality to hold; None (null) takes it away."""
 
 
 class Service(Protocol):
@@ -138,9 +142,10 @@ class Service(Protocol):
         ...
 
     def policy(self) -> Document:
-        """The policy in force: `policy`, `goal`, `weights`, and the names of those `available`."""
+        """The policy in force: `policy`, `goal`, `weights`, the names of those `available`, and
+        `quality_floor` with `quality_price`, which is None until it is found."""
         ...
 
     async def steer(self, change: Steering) -> None:
-        """Raises BadInput for an unknown policy or goal."""
+        """Raises BadInput for an unknown policy or goal, or a floor out of range."""
         ...

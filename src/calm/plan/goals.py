@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from calm.errors import BadInput
-from calm.plan.floor import QualityFloor
+from calm.plan.floor import QualityFloor, checked_floor, keeper
 from calm.records import Weights, Wishes
 
 FLOOR_SIGN = ">="
@@ -51,7 +51,7 @@ class Aim(NamedTuple):
 
     def keeper(self) -> QualityFloor | None:
         """A fresh account of the floor."""
-        return None if self.quality_floor is None else QualityFloor(self.quality_floor)
+        return keeper(self.quality_floor)
 
 
 def read_aim(text: str | None, goals: Mapping[str, Weights] = GOALS) -> Aim:
@@ -66,7 +66,7 @@ def read_aim(text: str | None, goals: Mapping[str, Weights] = GOALS) -> Aim:
             f'floor like "quality>=0.7"',
             field="goal",
         )
-    floor = _number(floors[0].removeprefix(f"quality{FLOOR_SIGN}"), floors[0]) if floors else None
+    floor = _floor(floors[0]) if floors else None
     if terms:
         return Aim(None, _weights(terms), floor)
     name = names[0] if names else "balanced"
@@ -82,6 +82,15 @@ def _weights(terms: Sequence[str]) -> Weights:
             raise BadInput(f"goal: no weight {name!r}; there are {', '.join(stated)}", field="goal")
         stated[name] = _number(figure, term)
     return checked(Weights(**stated), field="goal")
+
+
+def _floor(term: str) -> float:
+    name, _, figure = (part.strip() for part in term.partition(FLOOR_SIGN))
+    if name != "quality":
+        raise BadInput(
+            f'goal: "{term}": a floor is kept under quality only, as in "quality>=0.7"', field="goal"
+        )
+    return checked_floor(_number(figure, term), field="goal")
 
 
 def _number(text: str, term: str) -> float:

@@ -10,8 +10,9 @@ latency + others is log2((L_m + D_m) / L_best) / 4: what others lose has the lat
 the reloads of what is evicted for m; and whoever comes while this request waits stands behind it and waits for
 its load and service too, which by Little's law are (arrival rate x wait) / (requests served side by side). Without a
 queue that is nothing; in overload it is what decides, where every model's own latency is the same long wait.
- Ratios and not
-absolute values, because absolute seconds saturate exactly when it matters (docs/decisions/0005-qos-score.md).
+
+Ratios and not absolute values, because absolute seconds saturate exactly when it matters
+(docs/decisions/0005-qos-score.md).
 A value unknown for one model counts as the worst known one; known for none, the term is left out and the
 other weights share its part (which changes no order, it only keeps scores on one scale).
 """
@@ -235,7 +236,7 @@ def displaced_s(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[floa
     price_s = {
         need: cost_s[min(bisect_left(freed, need) + 1, last)] if need else 0.0 for need in set(missing)
     }
-    return [price_s[need] for need in missing]
+    return [price_s[need] for need in missing] if any(price_s.values()) else None
 
 
 def _missing_bytes(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[int]:

@@ -72,17 +72,23 @@ class House:
     """Makes the embedder of the paper's policy; None: that policy cannot be had."""
 
 
-def run_trial(house: House, workload: Workload, setup: Setup, warm: Workload | None = None) -> Trial:
+def run_trial(
+    house: House,
+    workload: Workload,
+    setup: Setup,
+    warm: Workload | None = None,
+    watch: Callable[[Orchestrator], None] = lambda loop: None,
+) -> Trial:
     """One setup on one seed's workload, in simulated time; `warm` is served and rated before it, not counted.
 
-    Raises BadInput where it cannot be run.
+    `watch` is shown the loop before it runs, to time it. Raises BadInput where the trial cannot be run.
     """
     order: tuple[str, ...] = ()
     if setup.cache.partition(":")[0] == "belady":
         count = belady_count(setup.cache)
         first = FIRST_PASS_CACHE if count is None else f"{FIRST_PASS_CACHE}:{count}"
         order = choices(_simulate(house, workload, replace(setup, cache=first), (), warm))
-    return replace(_simulate(house, workload, setup, order, warm), setup=setup)
+    return replace(_simulate(house, workload, setup, order, warm, watch), setup=setup)
 
 
 def choices(trial: Trial) -> tuple[str, ...]:
@@ -91,10 +97,17 @@ def choices(trial: Trial) -> tuple[str, ...]:
 
 
 def _simulate(
-    house: House, workload: Workload, setup: Setup, order: tuple[str, ...], warm: Workload | None
+    house: House,
+    workload: Workload,
+    setup: Setup,
+    order: tuple[str, ...],
+    warm: Workload | None,
+    watch: Callable[[Orchestrator], None] = lambda loop: None,
 ) -> Trial:
     clock = ManualClock()
-    return run_simulated(_Trial(house, workload, setup, order, clock).run(warm), clock)
+    trial = _Trial(house, workload, setup, order, clock)
+    watch(trial.loop)
+    return run_simulated(trial.run(warm), clock)
 
 
 @dataclass
@@ -215,10 +228,10 @@ class _Trial:
             await asyncio.gather(*(self.executor.load(n) for n, c in self.fleet.items() if not c.remote))
         adapting = asyncio.create_task(self._adapt())
         if warm is not None:
-            await self._offer(warm, rated(warm.seed, len(warm.queries), self.house.feedback))
+            await self._offer(warm, (True,) * len(warm.queries))
         self.started_s, loaded_j = self.clock.now(), self.machine.joules
         self.upstream.sent.clear()
-        self.log = _Log(peak_bytes=self.executor.used_bytes)
+        self.log = _Log(peak_bytes=self.executor.used_bytes, moves=self._standing())
         ratings = rated(self.workload.seed, len(self.workload.queries), self.house.feedback)
         ids = await self._offer(self.workload, ratings)
         if adapting.done():
@@ -227,6 +240,15 @@ class _Trial:
         adapting.cancel()
         await self.executor.close(grace_s=0.0)
         return trial
+
+    def _standing(self) -> list[Move]:
+        """Who is in memory now, each as one move at this moment: where a timeline begins."""
+        states = self.executor.snapshot_models()
+        return [
+            Move(at_s=self.started_s, model=model, old="cold", new="ready")
+            for model in sorted(states)
+            if states[model].residency == "ready"
+        ]
 
     async def _offer(self, workload: Workload, ratings: Sequence[bool]) -> list[str]:
         """Ask everything at its time and wait for the last answer. Gives the requests' ids."""

@@ -29,6 +29,7 @@ from calm.replay.hindsight import belady_count
 from calm.replay.house import House, fleet_for, remembering, run_trial, whole_fleet_bytes
 from calm.report.records import Setup, Trial
 from calm.workloads.records import Workload
+from calm.workloads.workload import warm_up
 
 HINDSIGHT = "hindsight"
 ORACLES = ("oracle", "oracle:calm")
@@ -38,6 +39,8 @@ MOST_OVERLOAD = 10.0
 """Offered work over capacity beyond which a run says nothing but that it was overloaded."""
 
 Job = tuple[Setup, int]
+Load = tuple[Workload, Workload | None]
+"""What is counted, and what is served and rated before it."""
 
 
 # --- what is refused before anything runs ---------------------------------------------------------
@@ -142,31 +145,41 @@ def jobs_of(setups: Sequence[Setup], seeds: Sequence[int]) -> tuple[Job, ...]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], house: House, workload: Callable[[int], Workload], processes: int
+    jobs: Sequence[Job],
+    house: House,
+    workload: Callable[[int], Workload],
+    processes: int,
+    warm_start: int = 0,
 ) -> Iterator[Trial]:
-    """Trials as they end. Leaving early (Ctrl-C too) stops the rest at once.
+    """Trials as they end, each after `warm_start` rated requests of another seed that are not counted.
 
-    Raises CalmError when a process is killed from outside.
+    Leaving early (Ctrl-C too) stops the rest at once. Raises BadInput (field `warm_start`) before the first trial
+    when there are too few queries for it, CalmError when a process is killed from outside.
     """
-    workloads = {seed: workload(seed) for seed in dict.fromkeys(seed for _, seed in jobs)}
+    loads = {seed: load_of(workload, seed, warm_start) for seed in dict.fromkeys(seed for _, seed in jobs)}
     if processes <= 1 or len(jobs) <= 1:
         own = with_changed(house, minilm=remembering(house.minilm))
         for setup, seed in jobs:
-            yield run_trial(own, workloads[seed], setup)
+            counted, warm = loads[seed]
+            yield run_trial(own, counted, setup, warm)
         return
-    yield from _pooled(jobs, house, workloads, min(processes, len(jobs)))
+    yield from _pooled(jobs, house, loads, min(processes, len(jobs)))
 
 
-def _pooled(
-    jobs: Sequence[Job], house: House, workloads: Mapping[int, Workload], processes: int
-) -> Iterator[Trial]:
+def load_of(workload: Callable[[int], Workload], seed: int, warm_start: int) -> Load:
+    """Raises BadInput as `warm_up` does."""
+    counted = workload(seed)
+    return counted, warm_up(workload, counted, warm_start) if warm_start else None
+
+
+def _pooled(jobs: Sequence[Job], house: House, loads: Mapping[int, Load], processes: int) -> Iterator[Trial]:
     others = frozenset(active_children())
     pool = ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(house,)
     )
     todo: set[Future[Trial]] = set()
     try:
-        todo = {pool.submit(_work, workloads[seed], setup) for setup, seed in jobs}
+        todo = {pool.submit(_work, loads[seed], setup) for setup, seed in jobs}
         while todo:
             done, todo = wait(todo, return_when=FIRST_COMPLETED)
             yield from (trial.result() for trial in done)
@@ -190,8 +203,9 @@ def _start_worker(house: House) -> None:
     _house[:] = [with_changed(house, minilm=remembering(house.minilm))]
 
 
-def _work(workload: Workload, setup: Setup) -> Trial:
-    return run_trial(_house[0], workload, setup)
+def _work(load: Load, setup: Setup) -> Trial:
+    counted, warm = load
+    return run_trial(_house[0], counted, setup, warm)
 
 
 # --- weights in hindsight ---------------------------------------------------------------------------

@@ -7,16 +7,21 @@ tasks) they come from, as in the paper's three domains, whatever the sizes of th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from calm.errors import BadInput
 from calm.workloads.arrivals import make_arrivals
 from calm.workloads.queries import Selection, load_queries
 from calm.workloads.records import Query, Workload, WorkloadSpec
 
 _QUERIES_STREAM = 2
 """Queries and arrivals of one seed are drawn from streams of their own: a change of one leaves the other."""
+
+WARM_SEED = 1_000_003
+"""Added to a trial's seed for the requests before it that are not counted."""
+WARM_ROUNDS = 50
 
 
 class Source:
@@ -54,6 +59,32 @@ def open_source(spec: WorkloadSpec, models: Collection[str]) -> Source:
 def make_workload(spec: WorkloadSpec, seed: int, models: Collection[str]) -> Workload:
     """`open_source(spec, models).workload(seed)`, for whoever needs one seed only."""
     return open_source(spec, models).workload(seed)
+
+
+def warm_up(workload_of: Callable[[int], Workload], counted: Workload, count: int) -> Workload:
+    """`count` requests of other seeds, none of them a query of the counted workload.
+
+    Raises BadInput (field `warm_start`) when the query set is too small for that.
+    """
+    taken = {query.id for query in counted.queries}
+    arrivals_s: list[float] = []
+    queries: list[Query] = []
+    start_s = 0.0
+    for number in range(1, WARM_ROUNDS + 1):
+        extra = workload_of(counted.seed + number * WARM_SEED)
+        for at_s, query in zip(extra.arrivals_s, extra.queries, strict=True):
+            if query.id not in taken and len(queries) < count:
+                queries.append(query)
+                arrivals_s.append(start_s + at_s)
+        start_s += extra.duration_s
+        if len(queries) == count:
+            return Workload(
+                name=extra.name, seed=extra.seed, arrivals_s=tuple(arrivals_s), queries=tuple(queries)
+            )
+    raise BadInput(
+        f"--warm-start {count}: the sets have too few queries beside those of a trial; take fewer, or more sets",
+        field="warm_start",
+    )
 
 
 def draw(queries: Sequence[Query], count: int, rng: np.random.Generator) -> tuple[Query, ...]:
