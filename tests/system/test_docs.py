@@ -89,7 +89,7 @@ def examples() -> list[str]:
     """The indented example lines of the command-line reference, joined over line continuations."""
     page = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^Example:\n\n((?:    .*\n)+)", page, re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = re.sub(r"\\\n *", " ", "".join(blocks)).splitlines()
     return [line.strip() for line in lines if "calm " in line]
 
 

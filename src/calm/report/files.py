@@ -32,6 +32,8 @@ from calm.report.figures import Figures, figures_of
 from calm.report.records import Provenance, Setup, Study, Trial
 from calm.report.tables import Summary, summarise
 
+PARTS_OF_A_CANDIDATE = frozenset({"hindsight"})
+"""Policies whose every trial is kept and whose best alone is shown."""
 TRIALS = "trials"
 RESULTS = "results.json"
 CPUINFO = Path("/proc/cpuinfo")
@@ -212,7 +214,8 @@ def load_study(path: Path) -> Study:
         raise _wrong(f"{path / RESULTS}: {head}; run the study's own command to its end, it resumes")
     directory = StudyDirectory.reopen(path)
     listed = [(key.setup, key.seed) for key in head.trials]
-    found = {key: directory.find(*key) for key in dict.fromkeys((*listed, *directory.kept()))}
+    later = [key for key in directory.kept() if key[0].policy not in PARTS_OF_A_CANDIDATE]
+    found = {key: directory.find(*key) for key in dict.fromkeys((*listed, *later))}
     missing = [
         f"no file of {setup.label}, seed {seed}" for (setup, seed), trial in found.items() if not trial
     ]
