@@ -39,7 +39,7 @@ FLOOR = 0.735
 """What the paper's similarity delivers on this fleet and these questions (3.94 of 5), on 10 seeds."""
 OURS = f"quality>={FLOOR}"
 LARGEST_BYTES = 8_000_000_000
-MODES = ("paper", "paper:latency:0.3", "paper:energy:0.2", "paper:confidence:0.3", "paper:cache:0.05")
+MODES = ("paper", "paper:latency:0.3", "paper:cache:0.05")
 GOALS = (("mean_s", 0.6), ("p99_s", 0.6), ("total_j_per_request", 0.7))
 
 

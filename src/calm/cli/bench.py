@@ -12,7 +12,8 @@ import click
 
 from calm.cli.group import INTERRUPTED, Failure
 from calm.cli.options import fleet_option, json_option, settings_of
-from calm.cli.output import count, note, size, warn
+from calm.cli.output import count, note, size
+from calm.cli.studies import Keeper, cards_of, check_extra, digest, interrupted, show_study
 from calm.cli.study_options import StudyPlan, plan_of, study_options
 from calm.errors import BadInput, SourceError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from calm.bench.campaign import Terms
     from calm.records import ModelCard
     from calm.report.files import StudyDirectory
-    from calm.report.records import Provenance, Setup, Study, Trial
+    from calm.report.records import Setup, Trial
     from calm.settings import Settings
     from calm.workloads.workload import Source
 
@@ -76,35 +77,6 @@ def bench(as_json: bool, fleet: str | None, budget: str | None, **flags: object)
 
 
 # --- what is refused before anything starts -----------------------------------------------------------
-
-
-EXTRA = ("tomli_w", "scipy", "sqlglot", "matplotlib")
-
-
-def check_extra() -> None:
-    """Raises BadInput: the last trial would be a bad moment to find out."""
-    from importlib.util import find_spec
-
-    absent = [name for name in EXTRA if find_spec(name) is None]
-    if absent:
-        raise BadInput(
-            f"a bench needs {', '.join(absent)}: pip install 'calm-orchestrator[bench]'", field="bench"
-        )
-
-
-def cards_of(settings: Settings) -> tuple[Mapping[str, ModelCard], Path]:
-    """The fleet and its directory. Raises BadInput when no card is good."""
-    from calm.cli.serve import no_fleet
-    from calm.registry import load_fleet
-    from calm.settings import fleet_dir
-
-    directory = fleet_dir(settings).resolve()
-    load = load_fleet(directory)
-    for problem in load.problems:
-        warn(str(problem))
-    if not load.fleet:
-        raise BadInput(no_fleet(directory, load), field="fleet")
-    return load.fleet, directory
 
 
 def check(
@@ -194,44 +166,6 @@ def source_of(plan: StudyPlan, cards: Mapping[str, ModelCard]) -> Source:
 # --- the campaign -------------------------------------------------------------------------------------
 
 
-class Keeper:
-    """The finished trials of a study: those of earlier runs and those of this one."""
-
-    def __init__(self, plan: StudyPlan, directory: StudyDirectory | None) -> None:
-        self._plan = plan
-        self._directory = directory
-        wanted = [(setup, seed) for setup in plan.setups for seed in plan.seeds]
-        self._trials: dict[tuple[Setup, int], Trial] = {
-            key: found
-            for key in wanted
-            if directory is not None and (found := directory.find(*key)) is not None
-        }
-        self._order = {key: place for place, key in enumerate(wanted)}
-
-    @property
-    def trials(self) -> tuple[Trial, ...]:
-        """In the order in which setups and seeds were asked for, whatever the order they ran in."""
-        return tuple(self._trials[key] for key in sorted(self._trials, key=self._order.__getitem__))
-
-    def keep(self, trial: Trial) -> None:
-        """Raises BadInput when the directory cannot be written."""
-        if self._directory is not None:
-            self._directory.keep(trial)
-        self._trials[trial.setup, trial.seed] = trial
-
-    def study(self, came_from: Provenance, notes: Sequence[str]) -> Study:
-        from calm.report.records import Study
-
-        damaged = self._directory.damaged if self._directory else ()
-        return Study(
-            title=TITLE,
-            provenance=came_from,
-            slo_s=self._plan.slo_s,
-            trials=self.trials,
-            notes=(*notes, *damaged),
-        )
-
-
 def directory_of(
     plan: StudyPlan, settings: Settings, cards: Mapping[str, ModelCard], flags: Mapping[str, object]
 ) -> StudyDirectory | None:
@@ -259,15 +193,6 @@ def conditions(
         "deadline_s": flags["deadline"],
         "warm_start": flags["warm_start"],
     }
-
-
-def digest(card: ModelCard) -> str:
-    """Short, equal for equal cards."""
-    import hashlib
-
-    import msgspec
-
-    return hashlib.sha256(msgspec.json.encode(card, order="deterministic")).hexdigest()[:12]
 
 
 def terms_of(
@@ -315,9 +240,9 @@ def run(plan: StudyPlan, source: Source, terms: Terms, keeper: Keeper, *, as_jso
     try:
         asyncio.run(campaign.run(missing))
     except KeyboardInterrupt:
-        interrupted(plan, keeper, len(jobs))
+        interrupted(plan, len(keeper.trials), len(jobs))
         raise click.exceptions.Exit(INTERRUPTED) from None
-    study = keeper.study(came_from, (*source.notes, *campaign.notes))
+    study = keeper.study(TITLE, came_from, (*source.notes, *campaign.notes))
     if not study.trials:
         raise Failure(f"no trial completed; {campaign.notes[0]}")
     show_study(study, plan.out, as_json)
@@ -332,22 +257,3 @@ def say_plan(jobs: int, missing_s: Sequence[float], terms: Terms) -> None:
     takes = f", {duration_in_words(remaining_s(missing_s, (), 0.0))} or more" if missing_s else ""
     models = f"{count(len(terms.cards), 'model')} in {size(terms.budget_bytes)}"
     note(f"{count(jobs, 'trial')}{before}{takes}; {models}")
-
-
-def interrupted(plan: StudyPlan, keeper: Keeper, jobs: int) -> None:
-    """What is kept and how to go on."""
-    click.echo(err=True)
-    finished = len(keeper.trials)
-    if plan.out is None:
-        note(f"interrupted after {finished} of {count(jobs, 'trial')}; give --out DIR to be able to resume")
-    else:
-        note(
-            f"interrupted: {finished} of {count(jobs, 'trial')} are kept in {plan.out}; "
-            "the same command again runs the others"
-        )
-
-
-def show_study(study: Study, out: Path | None, as_json: bool) -> None:
-    from calm.cli.report import show
-
-    show(study, out, as_json)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from calm.cli.bench import Keeper, cards_of, check_extra, digest, show_study
 from calm.cli.group import INTERRUPTED
 from calm.cli.options import fleet_option, json_option, settings_of
-from calm.cli.output import count, note
+from calm.cli.output import count
+from calm.cli.studies import Keeper, cards_of, check_extra, digest, interrupted, show_study
 from calm.cli.study_options import StudyPlan, plan_of, study_options
 
 if TYPE_CHECKING:
@@ -255,18 +255,6 @@ class Steps:
         self._bar.advance(self._task)
 
 
-def interrupted(plan: StudyPlan, finished: int, wanted: int) -> None:
-    """What is kept and how to go on."""
-    click.echo(err=True)
-    if plan.out is None:
-        note(f"interrupted after {finished} of {count(wanted, 'trial')}; give --out DIR to be able to resume")
-    else:
-        note(
-            f"interrupted: {finished} of {count(wanted, 'trial')} are kept in {plan.out}; "
-            "the same command again runs the others"
-        )
-
-
 def remarks(warm_start: int) -> tuple[str, ...]:
     """What a reader of the figures must know of the way they came about."""
     warm = f"{count(warm_start, 'rated request')} before each trial {'is' if warm_start == 1 else 'are'} not counted"
@@ -281,6 +269,6 @@ def finish(plan: StudyPlan, notes: Sequence[str], keeper: Keeper, *, as_json: bo
     from calm.report.files import provenance
 
     command = shlex.join(("calm", *sys.argv[1:]))
-    study = keeper.study(provenance(command), notes)
+    study = keeper.study(TITLE, provenance(command), notes)
     trials = chosen(plan.setups, study.trials)
-    show_study(msgspec.structs.replace(study, title=TITLE, trials=trials), plan.out, as_json)
+    show_study(msgspec.structs.replace(study, trials=trials), plan.out, as_json)
