@@ -3,13 +3,15 @@
 #   make test         every test, on real models
 PORT    ?= 8420
 FLEET   ?= fleet
+DATA    ?= $(CALM_DATA)
+TRUTH   := domains:pubmedqa,headlines_finance,commonsenseqa
 VENV    := .venv
 BIN     := $(VENV)/bin
 LOCKUV  := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check format lock weights reference clean \
-        bench-gateway bench-decision bench-threads bench-soak bench-fresh
+        bench-gateway bench-decision bench-threads bench-soak bench-fresh bench-paper bench-scaling bench-truth
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +62,16 @@ bench-threads: $(VENV)/.dev weights ## our thread budget against oversubscriptio
 	@$(BIN)/python benchmarks/threads.py
 bench-soak: $(VENV)/.dev weights ## 1,000 streamed requests with disconnects and a killed engine
 	@$(BIN)/python benchmarks/soak.py
+bench-paper: $(VENV)/.dev ## the paper reproduced, and ours against it, in replay (DATA=DIR)
+	@$(BIN)/python -m benchmarks.paper.reproduce --data "$(DATA)" --out results
+	@$(BIN)/python -m benchmarks.paper.ours --data "$(DATA)" --out results
+bench-scaling: $(VENV)/.dev ## decisions and ticks from 10 to 1,000 models, in replay
+	@$(BIN)/python -m benchmarks.scaling
+bench-truth: $(VENV)/.dev weights ## the simulator beside the real engine at three loads (DATA=DIR; about an hour)
+	@$(BIN)/calm profile --again --data "$(DATA)" --queries $(TRUTH) --sample 40 --max-tokens 64 \
+	   --out results/profile.toml --answers results/answers.jsonl
+	@$(BIN)/python -m benchmarks.simulator_truth --profile results/profile.toml --answers results/answers.jsonl \
+	   --data "$(DATA)"
 bench-fresh: ## fresh clone, empty cache: time to the first answer, and of make test
 	@benchmarks/fresh.sh
 
