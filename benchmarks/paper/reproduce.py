@@ -72,13 +72,16 @@ def main() -> None:
         print(queues(found, minutes))
 
 
-def arguments(text: str) -> argparse.Namespace:
+def arguments(
+    text: str, more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=text.split("\n")[0])
     parser.add_argument("--data", required=True, help="directory with traces/ and domain/")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument(
         "--out", type=Path, default=Path("results/paper"), help="trials are kept and resumed here"
     )
+    more(parser)
     return parser.parse_args()
 
 
