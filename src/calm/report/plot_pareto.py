@@ -37,6 +37,8 @@ FRONT_BOXES = 25
 NAMED = 6
 FRONT_NAMED = 8
 KEY_COLUMNS = 4
+KEY_CHARACTERS = 118
+"""Of type and markers that fit side by side under the panels."""
 
 
 class Measure(NamedTuple):
@@ -73,7 +75,7 @@ def draw_pareto(summaries: Sequence[Summary], looks: Sequence[Look], scenario: s
     ]
     if not panels:
         return None
-    key_rows = math.ceil(len(looks) / KEY_COLUMNS) if len(looks) > NAMED else 0
+    key_rows = math.ceil(len(looks) / _key_columns(looks)) if len(looks) > NAMED else 0
     figure = new_figure(PAGE_IN if len(panels) > 1 else PAGE_IN / 2, 2.75 + 0.17 * key_rows)
     figure.suptitle(
         titled(scenario, "Latency, energy and quality"), x=0.01, ha="left", fontsize=8.5, weight="bold"
@@ -178,6 +180,11 @@ def _name_points(axes: Axes, points: Sequence[Point], chosen: Sequence[int]) -> 
     )
 
 
+def _key_columns(looks: Sequence[Look]) -> int:
+    longest = max(len(look.name) for look in looks) + 6
+    return max(1, min(KEY_COLUMNS, KEY_CHARACTERS // longest))
+
+
 def _key(figure: Figure, looks: Sequence[Look]) -> None:
     from matplotlib.lines import Line2D
 
@@ -188,7 +195,7 @@ def _key(figure: Figure, looks: Sequence[Look]) -> None:
         for look in looks
     ]
     figure.legend(
-        handles, [look.name for look in looks], loc="outside lower center", ncols=KEY_COLUMNS, handletextpad=0.2,
+        handles, [look.name for look in looks], loc="outside lower center", ncols=_key_columns(looks), handletextpad=0.2,
         columnspacing=1.2,
     )  # fmt: skip
 

@@ -142,26 +142,29 @@ def looks(groups: Sequence[Group]) -> list[Look]:
 
 
 def names(trials: Sequence[Trial]) -> list[str]:
-    """What tells them apart, without what all of them share: the cache is not named when there is one."""
+    """What tells them apart, without what all of them share: one cache or one goal for all is not named."""
     setups = [trial.setup for trial in trials]
     policies = {setup.policy for setup in setups}
     caches = {setup.cache for setup in setups}
     engines = {trial.engine for trial in trials}
+    goals = {setup.goal for setup in setups}
     return [
         _name(
             trial,
             policy=len(policies) > 1 or len(caches) == 1,
             cache=len(caches) > 1,
+            goal=len(goals) > 1,
             engine=len(engines) > 1,
         )
         for trial in trials
     ]
 
 
-def _name(trial: Trial, *, policy: bool, cache: bool, engine: bool) -> str:
+def _name(trial: Trial, *, policy: bool, cache: bool, goal: bool, engine: bool) -> str:
     setup = trial.setup
     main = " / ".join(part for part, shown in ((setup.policy, policy), (setup.cache, cache)) if shown)
-    extras = (setup.goal, setup.queue if setup.queue != "fifo" else None, trial.engine if engine else None)
+    queue = setup.queue if setup.queue != "fifo" else None
+    extras = (setup.goal if goal else None, queue, trial.engine if engine else None)
     said = ", ".join(extra for extra in extras if extra)
     return f"{main} ({said})" if said else main
 
