@@ -8,7 +8,7 @@ rows: policy and cache `calm`, and a floor under quality at what the paper's sim
 served and been rated 500 requests before (the paper's means are warm too); with --cold nobody has.
 
 Beside each row stands the bound of a linear program (bounds.py): the least mean latency and energy that any mix of
-at most so many resident models can have at that quality, with loads for free, in order of arrival.
+the models can have at that quality, every mean known, all models resident, in order of arrival.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def main() -> None:
         study = replayed(
             name, setups, options.seeds, house, spec, out, f"ours {cold}", warm_start=0 if cold else REQUESTS
         )
-        studies.append((study, house, most, minutes))
-        print(table(HEADERS, rows(study, house, most, options.data, minutes)[-1:]), flush=True)
+        studies.append((study, house, minutes))
+        print(table(HEADERS, rows(study, house, options.data, minutes)[-1:]), flush=True)
     print(f"\n## Ours against the paper's policy, {options.seeds} seeds\n")
     print(
         table(
             HEADERS,
-            [row for found in studies for row in rows(found[0], found[1], found[2], options.data, found[3])],
+            [row for study, house, minutes in studies for row in rows(study, house, options.data, minutes)],
         )
     )
 
@@ -88,7 +88,7 @@ HEADERS = (
 )
 
 
-def rows(study: Study, house: House, most: int, data: str, minutes: int) -> list[list[str]]:
+def rows(study: Study, house: House, data: str, minutes: int) -> list[list[str]]:
     """Ours over each of the paper's modes."""
     found = by_setup(study)
     ours = next(f for s, f in found.items() if s.policy == "calm")
@@ -97,7 +97,7 @@ def rows(study: Study, house: House, most: int, data: str, minutes: int) -> list
     for setup, theirs in found.items():
         if setup.policy == "calm":
             continue
-        mean_s, joules = bound(house, most, data, minutes, len(ours), shown_quality(theirs))
+        mean_s, joules = bound(house, data, minutes, len(ours), shown_quality(theirs))
         base_s, base_j = mean_of(theirs, "mean_s"), mean_of(theirs, "total_j_per_request")
         lines.append(
             [
@@ -132,14 +132,14 @@ def shown_quality(figures: Mapping[int, Figures]) -> float:
 
 
 def bound(
-    house: House, most: int, data: str, minutes: int, seeds: int, quality: float
+    house: House, data: str, minutes: int, seeds: int, quality: float
 ) -> tuple[float | None, float | None]:
     """Mean latency and joules of the best stationary mix at the quality of the row's baseline."""
     source = open_source(workload(data, minutes), list(house.fleet))
     loads = [source.workload(seed) for seed in range(seeds)]
     chars = fmean(len(query.prompt) for load in loads for query in load.queries)
     shares = dict.fromkeys(("medical", "finance", "banking"), 1 / 3)
-    best = least_service(house.profile, shares, quality, most, chars, TOKENS)
+    best = least_service(house.profile, shares, quality, len(house.fleet), chars, TOKENS)
     if best is None:
         return None, None
     return fmean(fmean(latency_s(load.arrivals_s, best.service_s)) for load in loads), best.energy_j

@@ -470,7 +470,6 @@ def run(*arguments: str) -> Result:
         (("--fleet", "nowhere"), "cannot read the fleet directory"),
         (("--queries", "domains:nothing"), 'no domain set "nothing"'),
         (("--queries", "table:routerdc7"), "give domains:NAME"),
-        (("--answers", "answers.jsonl"), "--answers is for `calm replay`"),
         (("--data", "nowhere"), "no such directory"),
         (("--budget", "500MB"), "a budget of 500.0 MB cannot hold big (900.0 MB)"),
         (("--budget", "lots"), "is no size"),

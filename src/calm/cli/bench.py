@@ -149,11 +149,12 @@ def check_budget(budget_bytes: int, setups: Sequence[Setup], cards: Mapping[str,
 
 
 def source_of(plan: StudyPlan, cards: Mapping[str, ModelCard]) -> Source:
-    """Raises BadInput for answers that were recorded or come from a routing table, and as open_source does."""
+    """Recorded answers only say which questions to ask: those that a replay with the same file asks.
+
+    Raises BadInput for a routing table, whose answers are other models', and as open_source does.
+    """
     from calm.workloads.workload import open_source
 
-    if plan.workload.answers is not None:
-        raise BadInput("--answers is for `calm replay`: a bench asks the models themselves", field="answers")
     if plan.workload.queries.partition(":")[0] == "table":
         raise BadInput(
             f"--queries {plan.workload.queries}: a routing table says what other models answered; a bench judges "

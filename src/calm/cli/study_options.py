@@ -47,7 +47,8 @@ _OPTIONS = (
     ),
     click.option(
         "--answers", metavar="FILE", type=click.Path(dir_okay=False),
-        help="Recorded answers (calm profile --answers): length and quality of each model on each query.",
+        help="Recorded answers (calm profile --answers): replay takes length and quality of each model's answer from "
+        "them; bench asks the questions in them.",
     ),
     click.option("--requests", type=click.IntRange(1), metavar="N", help="Requests of a trial."),
     click.option("--duration", type=click.FloatRange(0, min_open=True), metavar="S", help="Seconds of a trial."),
