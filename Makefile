@@ -63,12 +63,13 @@ bench-threads: $(VENV)/.dev weights ## our thread budget against oversubscriptio
 bench-soak: $(VENV)/.dev weights ## 1,000 streamed requests with disconnects and a killed engine
 	@$(BIN)/python benchmarks/soak.py
 bench-paper: $(VENV)/.dev ## the paper reproduced, and ours against it, in replay (DATA=DIR)
-	@$(BIN)/python -m benchmarks.paper.reproduce --data "$(DATA)" --out results
+	@$(BIN)/python -m benchmarks.paper.reproduce --data "$(DATA)" --seeds 5 --out results
 	@$(BIN)/python -m benchmarks.paper.ours --data "$(DATA)" --out results
+	@$(BIN)/python -m benchmarks.paper.ours --data "$(DATA)" --floor 0.712 --out results
 bench-scaling: $(VENV)/.dev ## decisions and ticks from 10 to 1,000 models, in replay
 	@$(BIN)/python -m benchmarks.scaling
 bench-truth: $(VENV)/.dev weights ## the simulator beside the real engine at three loads (DATA=DIR; about an hour)
-	@$(BIN)/calm profile --again --data "$(DATA)" --queries $(TRUTH) --sample 40 --max-tokens 64 \
+	@$(BIN)/calm profile --again --repeats 2 --data "$(DATA)" --queries $(TRUTH) --sample 40 --max-tokens 64 \
 	   --out results/profile.toml --answers results/answers.jsonl
 	@$(BIN)/python -m benchmarks.simulator_truth --profile results/profile.toml --answers results/answers.jsonl \
 	   --data "$(DATA)"

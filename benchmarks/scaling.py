@@ -1,6 +1,6 @@
 """How decisions, adaptation ticks, hit rate and latency grow: 10 to 1,000 models, 1 to 1,000 requests per second.
 
-    python benchmarks/scaling.py [--requests 3000] [--seeds 3]
+    python benchmarks/scaling.py [--requests 1000] [--seeds 3]
 
 Simulated time for the engines, this machine's time for the code: every decision and every tick of the loop that
 serves is timed while it runs. The fleet is synthetic: sizes from 0.1 to 8 GB, rates that follow from them, forty
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     rows = []

@@ -17,7 +17,7 @@ from calm.replay.study import jobs_of, run_jobs
 from calm.report.figures import Figures, figures_of
 from calm.report.files import StudyDirectory, provenance
 from calm.report.intervals import Interval, difference, interval, ratio
-from calm.report.records import Setup, Study, Trial
+from calm.report.records import Setup, Study
 from calm.workloads.records import WorkloadSpec
 from calm.workloads.workload import open_source
 
@@ -127,7 +127,3 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def trials_of(study: Study, setup: Setup) -> list[Trial]:
-    return [trial for trial in study.trials if trial.setup == setup]

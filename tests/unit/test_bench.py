@@ -19,7 +19,7 @@ from rich.console import Console
 
 from calm.bench import progress
 from calm.bench.campaign import Campaign, Job, Terms, interleaved, still_missing
-from calm.bench.client import Answer, chat_body, rated, rating, take
+from calm.bench.client import Answer, chat_body, rating, take
 from calm.bench.progress import Board, in_short, in_words, remaining_s
 from calm.bench.server import as_toml, environment, settings_for
 from calm.bench.trials import (
@@ -49,7 +49,7 @@ from calm.records import (
 from calm.report.records import Move, Setup, Trial
 from calm.settings import PolicySettings, Settings, load_settings
 from calm.workloads.records import Query, Workload
-from calm.workloads.workload import warm_up
+from calm.workloads.workload import rated, warm_up
 
 CALM, LRU, RANDOM = (
     Setup(policy=p, cache=c) for p, c in (("calm", "calm"), ("calm", "lru"), ("random", "calm"))

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from calm.cli.group import INTERRUPTED, RootGroup
-from calm.cli.replay import named, replay
+from calm.cli.replay import replay
+from calm.cli.studies import named
 from calm.replay.house import run_trial
 from calm.report.records import Trial
 

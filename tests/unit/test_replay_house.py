@@ -28,12 +28,13 @@ from calm.clock import ManualClock
 from calm.errors import BadInput
 from calm.profile import Length, MachineProfile
 from calm.records import EngineSpec
-from calm.replay.house import House, rated, run_trial
+from calm.replay.house import House, run_trial
 from calm.replay.machine import SimulatedMachine, Work
 from calm.replay.simtime import run_simulated
 from calm.replay.study import run_jobs
 from calm.report.records import Row, Setup, Trial
 from calm.workloads.records import Workload
+from calm.workloads.workload import rated
 
 CALM = Setup(policy="calm", cache="calm")
 FIXED = Setup(policy="fixed:a", cache="none")

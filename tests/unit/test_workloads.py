@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from calm.errors import BadInput
 from calm.workloads.judge import judge
 from calm.workloads.records import Query, WorkloadSpec
-from calm.workloads.workload import draw, make_workload, open_source
+from calm.workloads.workload import draw, open_source
 
 FLEET = ("small", "large")
 
@@ -69,16 +69,16 @@ def test_nothing_is_asked_again_before_all_of_its_dataset_was(
 def test_equal_seeds_give_equal_workloads_and_others_others(data: Path) -> None:
     spec = WorkloadSpec(queries="domains:sums,words", data=str(data), requests=40, duration_s=60.0)
     source = open_source(spec, FLEET)
-    assert source.workload(3) == source.workload(3) == make_workload(spec, 3, FLEET)
+    assert source.workload(3) == source.workload(3) == open_source(spec, FLEET).workload(3)
     assert source.workload(3).arrivals_s != source.workload(4).arrivals_s
     assert source.workload(3).queries != source.workload(4).queries
 
 
 def test_the_load_changes_the_times_and_not_the_questions(data: Path) -> None:
     slow, fast = (
-        make_workload(
-            WorkloadSpec(queries="domains:all", data=str(data), requests=20, duration_s=duration_s), 7, FLEET
-        )
+        open_source(
+            WorkloadSpec(queries="domains:all", data=str(data), requests=20, duration_s=duration_s), FLEET
+        ).workload(7)
         for duration_s in (60.0, 6.0)
     )
     assert slow.queries == fast.queries

@@ -18,7 +18,7 @@ from random import Random
 
 import psutil
 
-from calm.bench.client import Answer, Clients, Judge, Totals, offer, rated
+from calm.bench.client import Answer, Clients, Judge, Totals, offer
 from calm.bench.progress import Board, in_short
 from calm.bench.server import KEEP_ALL, ServerFailed, TrialServer, settings_for, trial_directory
 from calm.bench.trials import Ledger, duration_s, loads, read_ledger, rows_of, sample_of, timeline
@@ -27,7 +27,7 @@ from calm.records import ModelCard, Snapshot
 from calm.report.records import Sample, Setup, Trial
 from calm.settings import Settings
 from calm.workloads.records import Workload
-from calm.workloads.workload import warm_up
+from calm.workloads.workload import rated, warm_up
 
 SAMPLE_S = 1.0
 

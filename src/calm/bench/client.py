@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from random import Random
 from typing import Self
 
 import msgspec
@@ -228,12 +227,6 @@ def rating(quality: float) -> float:
 
 
 # --- a whole workload -------------------------------------------------------------------------------
-
-
-def rated(seed: int, count: int, share: float) -> tuple[bool, ...]:
-    """Which requests of a workload get a rating: the same ones whoever answers them."""
-    draw = Random(f"feedback {seed}")
-    return tuple(draw.random() < share for _ in range(count))
 
 
 async def offer(

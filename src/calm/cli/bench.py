@@ -13,7 +13,15 @@ import click
 from calm.cli.group import INTERRUPTED, Failure
 from calm.cli.options import fleet_option, json_option, settings_of
 from calm.cli.output import count, note, size
-from calm.cli.studies import Keeper, cards_of, check_extra, digest, interrupted, show_study
+from calm.cli.studies import (
+    Keeper,
+    cards_of,
+    check_extra,
+    digest,
+    interrupted,
+    show_study,
+    workload_conditions,
+)
 from calm.cli.study_options import StudyPlan, plan_of, study_options
 from calm.errors import BadInput, SourceError
 
@@ -182,12 +190,9 @@ def conditions(
     plan: StudyPlan, settings: Settings, cards: Mapping[str, ModelCard], flags: Mapping[str, object]
 ) -> dict[str, object]:
     """What all trials of a directory have in common, beside setup and seed. No path of this machine."""
-    import msgspec
-
-    spec = msgspec.structs.asdict(plan.workload)
     return {
         "engine": "real",
-        **{name: value for name, value in spec.items() if name not in ("data", "answers")},
+        **workload_conditions(plan.workload),
         "feedback": plan.feedback,
         "fleet": {name: digest(card) for name, card in cards.items()},
         "budget": settings.memory.budget,

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import click
 
+from calm.report import units
+
 PIPE_COLUMNS = 200
 """Width of a table that goes into a pipe or a file: nobody's window, so nothing is cut."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -60,33 +62,15 @@ def heading(text: str) -> None:
 
 
 def seconds(value: float | None) -> str:
-    """1.9 ms, 0.42 s, 12.3 s, 3 min 20 s."""
-    if value is None:
-        return UNKNOWN
-    if value == 0:
-        return "0 s"
-    if value < 0.01:
-        return f"{value * 1000:.1f} ms"
-    if value < 10:
-        return f"{value:.2f} s"
-    if value < 120:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s"
+    return UNKNOWN if value is None else units.seconds(value)
 
 
 def size(count: float | None) -> str:
-    """98.4 MB: powers of ten, as on a disk's label and in a download's progress."""
-    if count is None:
-        return UNKNOWN
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} B"
+    return UNKNOWN if count is None else units.size(count)
 
 
 def joules(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.3g} J" if value < 1000 else f"{value:,.0f} J"
+    return UNKNOWN if value is None else units.joules(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -16,7 +16,16 @@ import click
 from calm.cli.group import INTERRUPTED
 from calm.cli.options import fleet_option, json_option, settings_of
 from calm.cli.output import count
-from calm.cli.studies import Keeper, cards_of, check_extra, digest, interrupted, show_study
+from calm.cli.studies import (
+    Keeper,
+    cards_of,
+    check_extra,
+    digest,
+    interrupted,
+    short_digest,
+    show_study,
+    workload_conditions,
+)
 from calm.cli.study_options import StudyPlan, plan_of, study_options
 
 if TYPE_CHECKING:
@@ -97,7 +106,7 @@ def replay(as_json: bool, fleet: str | None, profile_file: str, budget: str | No
 def fleet_and_profile(fleet: str | None, profile_file: str) -> tuple[Mapping[str, ModelCard], Profile]:
     """Raises BadInput for an unreadable file, no good card, or a model that the profile lacks."""
     from calm.profile import read_profile
-    from calm.replay.house import fleet_for
+    from calm.replay.cards import fleet_for
 
     cards, _ = cards_of(settings_of({"fleet": fleet}))
     profile = read_profile(Path(profile_file))
@@ -164,15 +173,10 @@ def conditions(plan: StudyPlan, house: House, warm_start: int = 0) -> dict[str, 
     """What all trials of a directory have in common, beside setup and seed. No path of this machine."""
     import msgspec
 
-    spec = msgspec.structs.asdict(plan.workload)
-    answers = plan.workload.answers
     profile = msgspec.json.encode(house.profile, order="deterministic")
     return {
         "engine": "simulated",
-        **{name: value for name, value in spec.items() if name not in ("data", "answers")},
-        "arrivals": named(plan.workload.arrivals),
-        "queries": named(plan.workload.queries),
-        **({} if answers is None else {"answers": named(f"answers:{answers}")}),
+        **workload_conditions(plan.workload),
         "feedback": plan.feedback,
         "fleet": {name: digest(card) for name, card in house.fleet.items()},
         "profile": short_digest(profile),
@@ -181,21 +185,6 @@ def conditions(plan: StudyPlan, house: House, warm_start: int = 0) -> dict[str, 
         "max_queue": house.max_queue,
         **({"warm_start": warm_start} if warm_start else {}),
     }
-
-
-def named(spec: str) -> str:
-    """A spec as it is; of one that names a file (`csv:/srv/mine.csv`) its last part and what is in it."""
-    kind, _, rest = spec.partition(":")
-    file, colon, more = rest.partition(":") if kind == "table" else (rest, "", "")
-    if not file or not Path(file).is_file():
-        return spec
-    return f"{kind}:{Path(file).name}{colon}{more} ({short_digest(Path(file).read_bytes())})"
-
-
-def short_digest(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()[:12]
 
 
 # --- running ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from calm.report.files import StudyDirectory
     from calm.report.records import Provenance, Setup, Study, Trial
     from calm.settings import Settings
+    from calm.workloads.records import WorkloadSpec
 
 EXTRA = ("tomli_w", "scipy", "sqlglot", "matplotlib")
 
@@ -54,6 +55,30 @@ def digest(card: ModelCard) -> str:
     import msgspec
 
     return hashlib.sha256(msgspec.json.encode(card, order="deterministic")).hexdigest()[:12]
+
+
+def workload_conditions(spec: WorkloadSpec) -> dict[str, object]:
+    """What a spec says of all trials of a directory: files by name and content, no path of this machine."""
+    import msgspec
+
+    plain = {n: v for n, v in msgspec.structs.asdict(spec).items() if n not in ("data", "answers")}
+    answers = {} if spec.answers is None else {"answers": named(f"answers:{spec.answers}")}
+    return {**plain, "arrivals": named(spec.arrivals), "queries": named(spec.queries), **answers}
+
+
+def named(spec: str) -> str:
+    """A spec as it is; of one that names a file (`csv:/srv/mine.csv`) its last part and what is in it."""
+    kind, _, rest = spec.partition(":")
+    file, colon, more = rest.partition(":") if kind == "table" else (rest, "", "")
+    if not file or not Path(file).is_file():
+        return spec
+    return f"{kind}:{Path(file).name}{colon}{more} ({short_digest(Path(file).read_bytes())})"
+
+
+def short_digest(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 class Keeper:

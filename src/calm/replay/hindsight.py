@@ -11,13 +11,14 @@ belady        evicts the model whose next use is farthest away (Belady, IBM Syst
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
 from calm.errors import BadInput
 from calm.execute.eviction import Rank, Standing
-from calm.plan.policies import CalmPolicy
+from calm.plan.score import score_all
+from calm.ports import Policy
 from calm.records import (
     Ask,
     Belief,
@@ -32,56 +33,55 @@ from calm.records import (
 )
 from calm.replay.outcomes import Outcomes
 
+Choice = Callable[
+    [Ask, Snapshot, Mapping[str, ModelCard], Mapping[str, Estimate], Weights], tuple[Candidate, ...]
+]
 NEVER = float("inf")
 SOONER = 1e-3
 """Weight of the predicted end against quality: it only orders equally good answers."""
 
 
-class OraclePolicy:
+class Clairvoyant:
+    """A policy that ranks by what will come out: `choose` gets the true estimates in place of the predicted."""
+
+    def __init__(self, name: str, outcomes: Outcomes, choose: Choice) -> None:
+        self.name = name
+        self._outcomes = outcomes
+        self._choose = choose
+
+    def rank(
+        self,
+        ask: Ask,
+        features: Features,
+        snapshot: Snapshot,
+        cards: Mapping[str, ModelCard],
+        estimates: Mapping[str, Estimate],
+        histories: Mapping[str, History],
+        weights: Weights,
+    ) -> tuple[Candidate, ...]:
+        return self._choose(ask, snapshot, cards, truths(self._outcomes, ask, estimates), weights)
+
+
+def oracle(outcomes: Outcomes) -> Policy:
     """Best true quality first; equals by predicted end."""
-
-    name = "oracle"
-
-    def __init__(self, outcomes: Outcomes) -> None:
-        self._outcomes = outcomes
-
-    def rank(
-        self,
-        ask: Ask,
-        features: Features,
-        snapshot: Snapshot,
-        cards: Mapping[str, ModelCard],
-        estimates: Mapping[str, Estimate],
-        histories: Mapping[str, History],
-        weights: Weights,
-    ) -> tuple[Candidate, ...]:
-        true = truths(self._outcomes, ask, estimates)
-        slowest = max((e.total_s.mean for e in true.values()), default=1.0) or 1.0
-        found = [oracle_candidate(name, true[name], slowest) for name in cards]
-        return tuple(sorted(found, key=lambda c: (c.score, c.model)))
+    return Clairvoyant("oracle", outcomes, best_answer)
 
 
-class ForesightPolicy:
+def foresight(outcomes: Outcomes) -> Policy:
     """The QoS score on true quality and true length; waiting and loading are still predicted."""
+    return Clairvoyant("oracle:calm", outcomes, score_all)
 
-    name = "oracle:calm"
 
-    def __init__(self, outcomes: Outcomes) -> None:
-        self._outcomes = outcomes
-        self._score = CalmPolicy()
-
-    def rank(
-        self,
-        ask: Ask,
-        features: Features,
-        snapshot: Snapshot,
-        cards: Mapping[str, ModelCard],
-        estimates: Mapping[str, Estimate],
-        histories: Mapping[str, History],
-        weights: Weights,
-    ) -> tuple[Candidate, ...]:
-        true = truths(self._outcomes, ask, estimates)
-        return self._score.rank(ask, features, snapshot, cards, true, histories, weights)
+def best_answer(
+    ask: Ask,
+    snapshot: Snapshot,
+    cards: Mapping[str, ModelCard],
+    true: Mapping[str, Estimate],
+    weights: Weights,
+) -> tuple[Candidate, ...]:
+    slowest = max((e.total_s.mean for e in true.values()), default=1.0) or 1.0
+    found = [oracle_candidate(name, true[name], slowest) for name in cards]
+    return tuple(sorted(found, key=lambda c: (c.score, c.model)))
 
 
 def truths(outcomes: Outcomes, ask: Ask, estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:

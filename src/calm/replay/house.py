@@ -10,28 +10,25 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
-from random import Random
 
 from msgspec.structs import replace
 
 from calm.analyze.analyzer import Analyzer
 from calm.clock import ManualClock
-from calm.errors import BadInput, CalmError
+from calm.errors import CalmError
 from calm.execute.dispatch import Dispatcher
 from calm.execute.events import Limits
 from calm.execute.eviction import EvictionPolicy
 from calm.execute.executor import Executor
 from calm.loop import Orchestrator, Parts, Steering
 from calm.meters.ledger import EnergyLedger
-from calm.monitor.embed import StaticEmbedder
 from calm.monitor.window import Workload as Window
 from calm.plan import goals as goal_book
 from calm.plan.floor import tuning_for
 from calm.plan.policies import make_policy
 from calm.ports import Embedder, Policy
 from calm.profile import Profile
-from calm.records import Ask, Decision, Feedback, ModelCard, Outcome, Residency, Vector
+from calm.records import Ask, Decision, Feedback, ModelCard, Outcome, Residency
 from calm.replay.adapters import (
     METER,
     Forgetful,
@@ -40,12 +37,15 @@ from calm.replay.adapters import (
     SimulatedSensors,
     SimulatedUpstream,
 )
-from calm.replay.hindsight import BeladyEviction, ForesightPolicy, OraclePolicy, belady_count
+from calm.replay.cards import fleet_for, no_weights
+from calm.replay.embedding import static_embedder
+from calm.replay.hindsight import BeladyEviction, belady_count, foresight, oracle
 from calm.replay.machine import SimulatedMachine
 from calm.replay.outcomes import Outcomes
 from calm.replay.simtime import run_simulated
 from calm.report.records import Move, Row, Sample, Setup, Trial
 from calm.workloads.records import Query, Workload
+from calm.workloads.workload import rated
 
 ADAPT_S = 1.0
 NO_DEADLINE_S = 1e9
@@ -206,9 +206,9 @@ class _Trial:
     def _policy(self) -> Policy:
         match self.setup.policy:
             case "oracle":
-                return OraclePolicy(self.outcomes)
+                return oracle(self.outcomes)
             case "oracle:calm":
-                return ForesightPolicy(self.outcomes)
+                return foresight(self.outcomes)
             case "hindsight":  # a point of the grid of static weights: our policy with them
                 return make_policy("calm")
             case spec:
@@ -335,35 +335,6 @@ class _Trial:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-async def no_weights(card: ModelCard) -> None:
-    """Nothing to fetch: the profile says how long a load takes."""
-
-
-def fleet_for(fleet: Mapping[str, ModelCard], profile: Profile) -> dict[str, ModelCard]:
-    """The cards as the profile's engines run them. Raises BadInput for a model the profile lacks."""
-    missing = sorted(fleet.keys() - profile.models.keys())
-    if missing:
-        known = ", ".join(sorted(profile.models))
-        raise BadInput(
-            f"the profile has no {', '.join(missing)} (it has {known}): measure the fleet with "
-            f"`calm profile`, or leave the model out of the fleet",
-            field="profile",
-        )
-    return {name: card_for(card, profile) for name, card in fleet.items()}
-
-
-def card_for(card: ModelCard, profile: Profile) -> ModelCard:
-    model = profile.models[card.name]
-    slots = 1 if model.batching == "serial" else card.engine.slots
-    kind = "openai" if card.remote else "llamacpp"
-    return replace(
-        card,
-        engine=replace(card.engine, kind=kind, slots=slots),
-        max_in_flight=None if model.batching == "serial" else card.max_in_flight,
-        memory_hint_bytes=card.memory_hint_bytes or model.memory_bytes,
-    )
-
-
 def whole_fleet_bytes(house: House) -> int:
     """Room for every model at once, hints and real sizes."""
     models = house.profile.models
@@ -389,12 +360,6 @@ def ask_of(workload: Workload, index: int, max_tokens: int | None) -> Ask:
     )
 
 
-def rated(seed: int, count: int, share: float) -> tuple[bool, ...]:
-    """Which requests are rated, if they are answered: the same for every policy, and the same as in bench."""
-    draw = Random(f"feedback {seed}")
-    return tuple(draw.random() < share for _ in range(count))
-
-
 def row_of(
     query: Query, ask: Ask, decision: Decision, outcome: Outcome, quality: float | None, arrived_s: float
 ) -> Row:
@@ -416,22 +381,3 @@ def row_of(
         energy_j=None if outcome.energy is None else outcome.energy.joules,
         quality=quality,
     )
-
-
-class RememberingEmbedder:
-    """Embeds each text once: the trials of a study ask the same questions many times."""
-
-    def __init__(self, inner: Embedder) -> None:
-        self.name, self.dimensions = inner.name, inner.dimensions
-        self.embed: Callable[[str], Vector] = lru_cache(maxsize=1 << 15)(inner.embed)
-
-
-def remembering(make: Callable[[], Embedder] | None) -> Callable[[], Embedder] | None:
-    """The same embedder made once and asked each text once."""
-    return None if make is None else lru_cache(maxsize=1)(lambda: RememberingEmbedder(make()))
-
-
-@lru_cache(maxsize=1)
-def static_embedder() -> Embedder:
-    """One for all trials of a process: it never changes."""
-    return RememberingEmbedder(StaticEmbedder())

@@ -25,8 +25,10 @@ from calm.plan import goals as goal_book
 from calm.plan.policies import make_policy
 from calm.profile import ModelProfile
 from calm.records import Weights
+from calm.replay.cards import fleet_for
+from calm.replay.embedding import remembering
 from calm.replay.hindsight import belady_count
-from calm.replay.house import House, fleet_for, remembering, run_trial, whole_fleet_bytes
+from calm.replay.house import House, run_trial, whole_fleet_bytes
 from calm.report.records import Setup, Trial
 from calm.workloads.records import Workload
 from calm.workloads.workload import warm_up

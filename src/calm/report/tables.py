@@ -15,6 +15,7 @@ from calm.records import Record
 from calm.report.figures import Figures, figures_of
 from calm.report.intervals import Interval, coverage, difference, interval, ratio
 from calm.report.records import Setup, Study, Trial
+from calm.report.units import joules, seconds, size
 
 UNKNOWN = "-"
 Engine = Literal["simulated", "real"]
@@ -166,32 +167,6 @@ def _by_seed(figures: Mapping[int, Figures], name: str) -> dict[int, float | Non
 
 
 # --- figures as text ----------------------------------------------------------------------------
-
-
-def seconds(value: float) -> str:
-    """1.9 ms, 0.42 s, 12.3 s, 3 min 20 s: as `calm.cli.output.seconds`, which is a higher room's."""
-    if value == 0:
-        return "0 s"
-    if value < 0.01:
-        return f"{value * 1000:.1f} ms"
-    if value < 10:
-        return f"{value:.2f} s"
-    if value < 120:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest} s"
-
-
-def joules(value: float) -> str:
-    return f"{value:.3g} J" if value < 1000 else f"{value:,.0f} J"
-
-
-def size(value: float) -> str:
-    """Powers of ten."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.1f} {unit}"
-    return f"{value:.0f} B"
 
 
 def percent(value: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
+from random import Random
 
 import numpy as np
 
@@ -56,9 +57,10 @@ def open_source(spec: WorkloadSpec, models: Collection[str]) -> Source:
     return source
 
 
-def make_workload(spec: WorkloadSpec, seed: int, models: Collection[str]) -> Workload:
-    """`open_source(spec, models).workload(seed)`, for whoever needs one seed only."""
-    return open_source(spec, models).workload(seed)
+def rated(seed: int, count: int, share: float) -> tuple[bool, ...]:
+    """Which requests of a workload are rated, if they are answered: the same ones whoever answers them."""
+    draws = Random(f"feedback {seed}")
+    return tuple(draws.random() < share for _ in range(count))
 
 
 def warm_up(workload_of: Callable[[int], Workload], counted: Workload, count: int) -> Workload:
