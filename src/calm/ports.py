@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from calm.records import (
+    AdapterFile,
     Ask,
     Candidate,
     Decision,
@@ -77,6 +78,14 @@ class RunningEngine(Protocol):
     @property
     def endpoint(self) -> Endpoint: ...
 
+    def adapters(self) -> Mapping[str, Endpoint]:
+        """Where each adapter it carries is asked, by the adapter's name in the fleet."""
+        ...
+
+    def refused(self) -> Mapping[str, str]:
+        """Adapters it could not take, with the reason."""
+        ...
+
     def pids(self) -> tuple[int, ...]:
         """Processes on this machine that do its work; empty for a remote one."""
         ...
@@ -97,8 +106,12 @@ class RunningEngine(Protocol):
 class EngineBackend(Protocol):
     """Starts engines of one kind."""
 
-    async def start(self, card: ModelCard, weights: Path | None, threads: int) -> RunningEngine:
-        """Returns when the engine answers its health check.
+    async def start(
+        self, card: ModelCard, weights: Path | None, threads: int, adapters: Sequence[AdapterFile] = ()
+    ) -> RunningEngine:
+        """Returns when the engine answers its health check, carrying the adapters that fit its base.
+
+        An adapter that does not fit is left out and named in `refused()`; it never fails the base.
 
         Raises LoadFailed (with the engine's last words) or, when cancelled, leaves nothing behind.
         """

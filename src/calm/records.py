@@ -12,6 +12,7 @@ monotonic clock's; `wall_s` is Unix time.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -39,6 +40,17 @@ class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base of everything an operator writes: an unknown field is a mistake, not a comment."""
 
 
+class ConvertSpec(Strict, frozen=True, kw_only=True):
+    """A GGUF made anew after it was fetched, because its authors' quantisation is slow on this engine."""
+
+    to: Literal["Q4_0", "Q8_0"]
+    """Type of every quantised weight of the blocks; embeddings, norms and metadata stay as they are."""
+    sha256: str
+    """Hex digest of the converted file: the same on every machine, always verified."""
+    bytes: int | None = None
+    """Size of the converted file."""
+
+
 class SourceSpec(Strict, frozen=True, kw_only=True):
     """Where weights come from: parts are fetched in order and concatenated, then checked as one file."""
 
@@ -52,13 +64,16 @@ class SourceSpec(Strict, frozen=True, kw_only=True):
     """Name in the cache; default: the last path component of the first part."""
     licence: str | None = None
     """SPDX identifier or the licence's name, shown by `calm models show`."""
+    convert: ConvertSpec | None = None
+    """Re-quantise the fetched file once; the engine gets the converted one."""
 
 
 class EngineSpec(Strict, frozen=True, kw_only=True):
     """How a model is run. `kind` picks the backend; the other fields are read by the kinds that need them."""
 
-    kind: Literal["llamacpp", "command", "openai"] = "llamacpp"
-    """llamacpp: the built-in engine. command: any server CALM starts. openai: a server that already runs."""
+    kind: Literal["llamacpp", "onnx", "command", "openai"] = "llamacpp"
+    """llamacpp: the built-in engine. onnx: encoder-decoders in ONNX, in a process of their own. command: any
+    server CALM starts. openai: a server that already runs."""
     slots: int = 4
     """Sequences the engine decodes at once (continuous batching)."""
     threads: int | None = None
@@ -136,6 +151,8 @@ class ModelCard(Strict, frozen=True, kw_only=True):
     """What callers pin and operators type; equals the file's name without .toml."""
     description: str
     """What the model is good at, in plain words: routing compares queries with it until it has learned."""
+    adapter_of: str | None = None
+    """Name of the card whose engine this LoRA adapter runs on; `source` is then the adapter's GGUF."""
     domains: tuple[str, ...] = ()
     """Subjects it was made for, e.g. medical, legal; keys of priors.quality."""
     capabilities: tuple[Capability, ...] = ("chat", "completion")
@@ -159,6 +176,11 @@ class ModelCard(Strict, frozen=True, kw_only=True):
     @property
     def concurrency(self) -> int:
         return self.max_in_flight or self.engine.slots
+
+    @property
+    def host(self) -> str:
+        """The model whose engine serves this one: its base for an adapter, else itself."""
+        return self.adapter_of or self.name
 
     @property
     def remote(self) -> bool:
@@ -368,6 +390,14 @@ class Decision(Record, frozen=True, kw_only=True):
     wall_s: float
 
 
+class AdapterFile(Record, frozen=True, kw_only=True):
+    """A LoRA adapter that an engine is to carry beside its base."""
+
+    card: ModelCard
+    weights: Path | None
+    """None where the engine has it already: a server that knows the adapter by name."""
+
+
 class Endpoint(Record, frozen=True, kw_only=True):
     """Where an engine listens. With `socket` the request goes over that unix socket."""
 
@@ -377,6 +407,8 @@ class Endpoint(Record, frozen=True, kw_only=True):
     api_key_env: str | None = None
     api_key: str | None = None
     """Per-child key of an engine we started ourselves; never a user's."""
+    adapter: int | None = None
+    """llama.cpp's number of the LoRA adapter to apply; None: the base, or a server that knows it by name."""
 
 
 class LeaseRequest(Record, frozen=True, kw_only=True):

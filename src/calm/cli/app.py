@@ -19,6 +19,7 @@ from calm.cli.profile import profile
 from calm.cli.replay import replay
 from calm.cli.report import report
 from calm.cli.serve import serve
+from calm.cli.specialise import specialise
 from calm.cli.version import version
 
 
@@ -39,6 +40,6 @@ def calm() -> None:
 
 for command in (
     serve, ask, explain, feedback, models, doctor, config, keys, knowledge, policy, goal,
-    replay, profile, bench, report, version,
+    specialise, replay, profile, bench, report, version,
 ):  # fmt: skip
     calm.add_command(command)

@@ -69,7 +69,7 @@ def _of_sets(spec: WorkloadSpec, listed: str) -> Selection:
         )
     if not parts:
         raise BadInput(f'"domains:{listed}" names no set; see {REFERENCE}', field=FIELD)
-    queries = tuple(_query(row) for rows in parts.values() for row in rows)
+    queries = tuple(query_of(row) for rows in parts.values() for row in rows)
     notes = (f"without {', '.join(empty)}: no rows of split {spec.split}",) if empty else ()
     return Selection(queries=queries, notes=notes)
 
@@ -84,7 +84,7 @@ def _of_table(spec: WorkloadSpec, rest: str, models: Collection[str]) -> Selecti
     if not rows:
         raise BadInput(f"{_base(name)}: no rows{_of(spec.split)}; see {REFERENCE}", field=FIELD)
     names = names_in(models, {model for row in rows for model in row.scores})
-    queries = [_query(row, _known(row, names)) for row in rows]
+    queries = [query_of(row, _known(row, names)) for row in rows]
     kept = tuple(query for query in queries if query.known.keys() >= set(models))
     if not kept:
         theirs = sorted({model for row in rows for model in row.scores})
@@ -137,7 +137,8 @@ def _with_answers(selection: Selection, path: Path, models: Collection[str]) -> 
 # --- small parts ------------------------------------------------------------------------------------
 
 
-def _query(row: Row, known: Mapping[str, Recorded] | None = None) -> Query:
+def query_of(row: Row, known: Mapping[str, Recorded] | None = None) -> Query:
+    """A row as something to ask."""
     return Query(
         id=row.id,
         dataset=row.dataset,

@@ -22,7 +22,9 @@ FIELD = "queries"
 SUFFIX = ".jsonl.gz"
 
 
-class _Line(Record, frozen=True, kw_only=True):
+class Line(Record, frozen=True, kw_only=True):
+    """A line as it stands in the file."""
+
     id: str
     domain: str
     split: str | None = None
@@ -49,11 +51,12 @@ def read_set(data: str | None, name: str) -> tuple[Row, ...]:
 
 @lru_cache(maxsize=64)
 def _read(path: Path, name: str) -> tuple[Row, ...]:
-    rows = tuple(_row(line, name, path, number) for number, line in json_rows(path, _Line, FIELD))
-    return _with_labels(rows)
+    rows = tuple(row_of(line, name, path, number) for number, line in json_rows(path, Line, FIELD))
+    return with_labels(rows)
 
 
-def _row(line: _Line, name: str, path: Path, number: int) -> Row:
+def row_of(line: Line, name: str, path: Path, number: int) -> Row:
+    """What a line says. Raises BadInput where its answer is none of its choices."""
     choices, answer = line.choices, line.answer
     if isinstance(choices, dict):
         answer = _letter(choices, answer, path, number)
@@ -83,7 +86,7 @@ def _letter(choices: dict[str, str], answer: str | list[str], path: Path, number
     return ascii_uppercase[list(choices).index(answer)]
 
 
-def _with_labels(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+def with_labels(rows: tuple[Row, ...]) -> tuple[Row, ...]:
     """Rows that ask for a label without saying which there are: all labels of the file, sorted."""
     labels = tuple(sorted({row.answer for row in rows if row.answer_type == "label" and row.answer}))
     return tuple(
