@@ -10,11 +10,12 @@ BIN     := $(VENV)/bin
 LOCKUV  := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lock weights reference clean \
-        bench-gateway bench-decision bench-threads bench-soak bench-fresh bench-paper bench-scaling bench-truth
+.PHONY: help serve test check format lock weights reference clean train-env adapters \
+        bench-gateway bench-decision bench-threads bench-soak bench-fresh bench-paper bench-scaling bench-truth \
+        bench-quantisation bench-specialists bench-switching
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.base: requirements/base.lock pyproject.toml scripts/install.sh
 	@scripts/install.sh $(VENV) requirements/base.lock $@
@@ -40,6 +41,12 @@ test: $(VENV)/.dev weights ## everything: static checks, then all tests on real 
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports | tail -n 4
 	@$(BIN)/pytest tests
+
+train-env: $(VENV)/.dev ## add PyTorch, which calm specialise and its tests need
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+
+adapters: train-env weights ## train every shipped specialist again (DATA=DIR; some hours on two cores)
+	@$(BIN)/python training/make.py --data "$(DATA)" --again
 
 format: $(VENV)/.dev ## rewrite the code in the house format
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
@@ -73,6 +80,12 @@ bench-truth: $(VENV)/.dev weights ## the simulator beside the real engine at thr
 	   --out results/profile.toml --answers results/answers.jsonl
 	@$(BIN)/python -m benchmarks.simulator_truth --profile results/profile.toml --answers results/answers.jsonl \
 	   --data "$(DATA)"
+bench-quantisation: $(VENV)/.dev weights ## which quantisation of a base is fastest at equal quality (DATA=DIR)
+	@$(BIN)/python -m benchmarks.quantisation --data "$(DATA)"
+bench-specialists: $(VENV)/.dev weights ## specialists, bases and TinyLlama on held-out rows (DATA=DIR, LIMIT=rows; hours)
+	@$(BIN)/python -m benchmarks.specialists --data "$(DATA)" $(if $(LIMIT),--limit $(LIMIT))
+bench-switching: $(VENV)/.dev weights ## many specialists on one base: memory, switching, loading
+	@$(BIN)/python -m benchmarks.switching
 bench-fresh: ## fresh clone, empty cache: time to the first answer, and of make test
 	@benchmarks/fresh.sh
 

@@ -25,7 +25,9 @@ TUNING = ("rank", "epochs", "learning_rate", "rows_per_step", "patience", "seed"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="specialists to make (default: all)")
     parser.add_argument("--data", type=Path, required=True, help="directory with domain/NAME.jsonl.gz")
     parser.add_argument("--fleet", type=Path, default=FLEET, help="where cards and adapters go")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from calm.errors import CalmError
 from calm.records import ModelCard
 from calm.registry import CardProblem, Fleet, FleetLoad, load_fleet
-from calm.sources.fetch import cached_path, fetch_weights
+from calm.sources.fetch import at_hand, cached_path, fetch_weights
 from calm.sources.progress import Progress, Silent
 from calm.sources.store import in_place_path
 from calm.sources.watch import watch_fleet
@@ -45,6 +45,7 @@ class Intake:
         self._failures: dict[str, str] = {}
         self._verified: set[str] = set()
         self._told: dict[str, str] = {}
+        self._offered: frozenset[str] = frozenset()
 
     @property
     def problems(self) -> tuple[CardProblem, ...]:
@@ -120,16 +121,36 @@ class Intake:
     def _here(self, name: str) -> bool:
         """True when taking the weights in needs no network."""
         source = self._load.fleet[name].source
-        return source is not None and in_place_path(source, self.directory) is not None
+        return source is not None and at_hand(source, self._cache, self.directory)
 
     def _offer(self) -> None:
-        missing = {name: self._why(name) for name in self._load.fleet if self._missing(name)}
+        fleet = self._load.fleet
+        missing = {name: self._why(name) for name in fleet if self._missing(name)}
+        missing |= {
+            name: why for name in fleet if name not in missing and (why := self._waits(name, missing))
+        }
         for name, why in missing.items():
             if self._told.get(name) != why:
                 log.warning("%s is not served: %s", name, why)
         self._told = missing
-        servable = Fleet(card for name, card in self._load.fleet.items() if name not in missing)
+        servable = Fleet(card for name, card in fleet.items() if name not in missing)
+        self._offered = frozenset(servable)
         self._on_fleet(servable, missing)
+
+    def _waits(self, name: str, missing: Collection[str]) -> str | None:
+        """Why an adapter whose weights are here is not offered yet; None for whatever is.
+
+        A base that gets another adapter is loaded anew. So those that come at the same time join together, when
+        the last of them is here or has failed.
+        """
+        base = self._load.fleet[name].host
+        if base in missing:
+            return f"its base {base} is not served: {self._why(base)}"
+        under_way = [n for n in self._fetching if n != name and n in self._load.fleet]
+        siblings = [n for n in under_way if n != base and self._load.fleet[n].host == base]
+        if base == name or name in self._offered or not siblings:
+            return None
+        return f"it joins {base} together with {', '.join(sorted(siblings))}, being fetched now"
 
     def _why(self, name: str) -> str:
         if name in self._failures:

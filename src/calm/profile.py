@@ -5,6 +5,9 @@
     [models.NAME.output_tokens.DOMAIN]           length of answers: mean and sd; `default` for other domains
     [models.NAME.quality]                        0..1 by domain; `default` for other domains
 
+An adapter has an entry like any model. Its rates, lengths and quality are its own; `memory_bytes`, `load_s` and
+`load_j` are what it adds to its base, and power, batching and unloading are its base's.
+
 A served request takes overhead + prompt tokens not in the prefix cache / prefill_tps, alone; then one token
 after the other. `decode_tps` is the engine's aggregate rate by how many sequences decode at once, between two
 stated counts interpolated, beyond the last one constant. Every time is multiplied by a lognormal factor of

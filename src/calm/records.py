@@ -261,6 +261,8 @@ class ModelState(Record, frozen=True, kw_only=True):
     """One model at one moment, as the Executor owns it."""
 
     model: str
+    """Whose engine this is the state of: an adapter shares its base's record. Sums over a snapshot take those
+    whose key it is."""
     residency: Residency
     pinned: bool
     in_flight: int
@@ -408,7 +410,9 @@ class Endpoint(Record, frozen=True, kw_only=True):
     api_key: str | None = None
     """Per-child key of an engine we started ourselves; never a user's."""
     adapter: int | None = None
-    """llama.cpp's number of the LoRA adapter to apply; None: the base, or a server that knows it by name."""
+    """llama.cpp's number of the LoRA adapter to apply; one beyond the last adapter's is the base, said aloud (a
+    request without a number would be answered from the adapter's prompt cache). None: an engine without adapters, or
+    a server that knows them by name."""
 
 
 class LeaseRequest(Record, frozen=True, kw_only=True):

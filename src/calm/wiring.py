@@ -24,6 +24,7 @@ from calm import settings as configuration
 from calm.analyze.analyzer import Analyzer
 from calm.backends.command import CommandBackend
 from calm.backends.llamacpp import LlamaCppBackend
+from calm.backends.onnx import OnnxBackend
 from calm.backends.remote import RemoteBackend
 from calm.backends.upstream import HttpUpstream
 from calm.clock import SystemClock
@@ -114,6 +115,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> House:
         {},
         {
             "llamacpp": LlamaCppBackend(run_dir),
+            "onnx": OnnxBackend(run_dir),
             "command": CommandBackend(run_dir),
             "openai": RemoteBackend(configuration.secret),
         },

@@ -355,6 +355,7 @@ def launcher(directory: Callable[[str], Path]) -> Iterator[Launch]:
         root = directory(f"calm-{len(servers)}")
         fleet = root / "fleet"
         fleet.mkdir()
+        (fleet / "adapters").symlink_to(FLEET / "adapters")
         for card in FLEET.glob("*.toml"):
             if not models or card.stem in models:
                 shutil.copy(card, fleet)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import openai
 import pytest
 from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Server
@@ -20,8 +22,53 @@ ANSWERS = [
 ]
 
 
-def test_the_table_leaves_out_no_model() -> None:
-    assert {model for model, _, _ in ANSWERS} == set(load_fleet(FLEET).fleet)
+SPECIALISTS = [
+    ("finance", "gold edges up as the dollar slips\nOptions: up, down, neutral, none", "up"),
+    ("finance", "Gold falls Rs 130 on weak global cues\nOptions: up, down, neutral, none", "down"),
+]
+"""What each was trained for, asked as docs/prompts.md lays it out; the answer is the whole reply."""
+
+NEEDLE = "needle-26m"
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Name of the city."}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+def test_the_tables_leave_out_no_model() -> None:
+    asked = {model for model, _, _ in (*ANSWERS, *SPECIALISTS)} | {NEEDLE}
+    assert asked == set(load_fleet(FLEET).fleet)
+
+
+@pytest.mark.parametrize(("model", "question", "label"), SPECIALISTS)
+def test_specialists_answer_what_they_were_trained_for(
+    client: openai.OpenAI, model: str, question: str, label: str
+) -> None:
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=32
+    )
+    assert answer.choices[0].message.content == label
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.model == model
+
+
+def test_a_question_with_tools_goes_to_who_calls_them(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="calm", messages=[{"role": "user", "content": "What is the weather in Paris?"}], tools=[WEATHER]
+    )
+    assert answer.model == NEEDLE
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
 
 
 @pytest.mark.parametrize(("model", "question", "fact"), ANSWERS)

@@ -396,3 +396,85 @@ def test_invented_domains_work_by_their_own_name() -> None:
     assert posterior.sum() == pytest.approx(1.0, abs=1e-5)
     assert space.names[int(posterior.argmax())] == "veterinary_surgery"
     assert canonical(" Creative-Writing ") == "creative_writing"
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def specialist(name: str, of: str, **changes: object) -> ModelCard:
+    base = FLEET[of]
+    source = SourceSpec(parts=("file:y",), sha256=f"{name:0>64}", bytes=5_000_000)
+    return msgspec.structs.replace(base, name=name, adapter_of=of, source=source, **changes)
+
+
+def test_a_new_specialist_begins_with_the_speed_its_base_has_shown() -> None:
+    analyzer, question = Analyzer(WORDS), ask()
+    analyzer.sync(FLEET)
+    teach(analyzer, question, served("a"))
+    analyzer.loaded("a", 9.0)
+    fleet = {**FLEET, "x": specialist("x", "a")}
+    analyzer.sync(fleet)
+    found = analyzer.estimate_all(question, read(question), system(("a", "x"), "cold"), fleet)
+    for figure in ("prompt_tokens", "prefill_s", "load_s"):
+        assert getattr(found["x"], figure) == getattr(found["a"], figure)
+    assert found["x"].load_s.mean > found["b"].load_s.mean
+
+
+def test_a_specialist_without_priors_is_guessed_from_its_bases_size_not_its_own() -> None:
+    unstated = {name: msgspec.structs.replace(found, priors=PriorSpec()) for name, found in FLEET.items()}
+    fleet = {**unstated, "x": specialist("x", "a", priors=PriorSpec())}
+    analyzer, question = Analyzer(WORDS), ask()
+    analyzer.sync(fleet)
+    found = analyzer.estimate_all(question, read(question), system(("a", "x"), "cold"), fleet)
+    assert found["x"].decode_s == found["a"].decode_s
+    assert found["x"].load_s == found["a"].load_s
+
+
+def test_its_own_measured_speed_counts_more_than_its_bases() -> None:
+    analyzer, question = Analyzer(WORDS), ask()
+    analyzer.sync(FLEET)
+    teach(analyzer, question, served("a"))
+    own = PriorSpec(decode_tps=20.0, prefill_tps=10.0, load_s=3.0)
+    fleet = {**FLEET, "x": specialist("x", "a", priors=own)}
+    analyzer.sync(fleet)
+    found = analyzer.estimate_all(question, read(question), system(("a", "x")), fleet)
+    assert found["x"].prefill_s.mean > found["a"].prefill_s.mean
+
+
+def test_a_load_of_the_base_is_the_load_of_its_specialists() -> None:
+    fleet = {**FLEET, "x": specialist("x", "a"), "y": specialist("y", "b")}
+    analyzer, question = Analyzer(WORDS), ask(conversation="c")
+    analyzer.sync(fleet)
+    features = read(question)
+    analyzer.learn(question, features, None, served("x"))
+    assert analyzer._held(features, system(("a", "b", "x", "y")))
+    for _ in range(5):
+        analyzer.loaded("a", 0.2)
+    found = analyzer.estimate_all(question, features, system(("a", "b", "x", "y"), "cold"), fleet)
+    assert found["x"].load_s.mean == found["a"].load_s.mean < found["y"].load_s.mean
+    assert not analyzer._held(features, system(("a", "b", "x", "y"))), "a fresh engine has nothing cached"
+
+
+def test_specialists_learn_apart_what_is_their_own() -> None:
+    fleet = {**FLEET, "x": specialist("x", "a"), "y": specialist("y", "a")}
+    analyzer, question = Analyzer(WORDS), ask(MATH)
+    analyzer.sync(fleet)
+    features = read(question)
+    for _ in range(20):
+        assert analyzer.rate(features, "x", 5.0)
+        assert analyzer.rate(features, "y", 1.0)
+    found = analyzer.estimate_all(question, features, system(("a", "x", "y")), fleet)
+    assert found["x"].quality.mean > found["a"].quality.mean > found["y"].quality.mean
+
+
+def test_what_a_specialist_learned_survives_a_restart_whatever_the_order_of_cards() -> None:
+    fleet = {"x": specialist("x", "a"), **FLEET}
+    analyzer, question = Analyzer(WORDS), ask()
+    analyzer.sync(fleet)
+    teach(analyzer, question, served("x"))
+    again = Analyzer(WORDS)
+    again.sync(fleet)
+    assert again.load(analyzer.dump())
+    now = system(("a", "x"))
+    before = analyzer.estimate_all(question, read(question), now, fleet)["x"]
+    assert again.estimate_all(question, read(question), now, fleet)["x"] == before

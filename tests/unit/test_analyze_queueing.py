@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from calm.analyze.queueing import Outlook, Stances, drain_s, slot_wait_s, thread_wait_s
+from calm.analyze.queueing import (
+    Outlook,
+    Stances,
+    drain_s,
+    evictable_bytes,
+    slot_wait_s,
+    thread_wait_s,
+    thread_waits,
+)
 from calm.records import EngineSpec, ModelCard, ModelState, Residency, Snapshot
 
 SERVICE_S = {"a": 4.0, "b": 4.0}
@@ -138,3 +147,15 @@ def test_columns_follow_every_change_of_a_state_or_a_card() -> None:
     cards["e"] = ModelCard(name="e", description="", engine=EngineSpec(threads=3))
     stances.forget(4)
     assert over(stances, systems[0], cards) == one_by_one(systems[0], cards)
+
+
+def test_specialists_of_a_base_are_one_engine() -> None:
+    busy = state("base", in_flight=2, waiting=1, work_s=4.0, threads=2)
+    alone = snapshot(busy)
+    shared = msgspec.structs.replace(alone, models={"base": busy, "x": busy, "y": busy})
+    times = {"base": 2.0}
+    assert thread_waits(shared, times) == thread_waits(alone, times)
+    assert evictable_bytes(shared) == evictable_bytes(alone)
+    card = ModelCard(name="x", description="x", adapter_of="base")
+    base = ModelCard(name="base", description="x")
+    assert Outlook(shared, times).of(busy, card) == Outlook(alone, times).of(busy, base)

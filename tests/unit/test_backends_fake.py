@@ -11,7 +11,7 @@ import pytest
 from calm.backends.fake import FakeBackend, FakeEngineServer, Script
 from calm.backends.upstream import HttpUpstream
 from calm.errors import LoadFailed
-from calm.records import ModelCard
+from calm.records import AdapterFile, Endpoint, ModelCard
 
 PATH = "/v1/chat/completions"
 CARD = ModelCard(name="smol", description="d")
@@ -86,3 +86,39 @@ async def test_refusals_and_cancelled_loads() -> None:
     await asyncio.gather(starting, return_exceptions=True)
     assert backend.cancelled == ["smol"]
     assert backend.running == {}
+
+
+def adapter(name: str) -> AdapterFile:
+    return AdapterFile(card=ModelCard(name=name, description="d", adapter_of="smol"), weights=None)
+
+
+async def text_of(upstream: HttpUpstream, endpoint: Endpoint, **body: object) -> str:
+    async with upstream.post(endpoint, PATH, msgspec.json.encode({"messages": [], **body})) as reply:
+        answer = msgspec.json.decode(await reply.read(), type=dict[str, Any])
+    return str(answer["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+async def test_adapters_follow_scripts_of_their_own(by_name: bool) -> None:
+    scripts = {"smol": Script(answer=("base",)), "odd": Script(refuse="another shape")}
+    for name in ("finance", "sql"):
+        scripts[name] = Script(answer=(name,))
+    backend = FakeBackend(scripts, by_name=by_name)
+    engine = await backend.start(CARD, None, 1, [adapter(name) for name in ("finance", "odd", "sql")])
+    assert backend.given == [("finance", "odd", "sql")]
+    assert engine.refused() == {"odd": "another shape"}
+    assert [of.adapter for of in engine.adapters().values()] == ([None, None] if by_name else [0, 1])
+    async with HttpUpstream() as upstream:
+        assert await text_of(upstream, engine.endpoint, model="smol") == "base"
+        for name, endpoint in engine.adapters().items():
+            number = [{"id": endpoint.adapter, "scale": 1.0}]
+            body: dict[str, object] = {"model": name} if by_name else {"lora": number}
+            assert await text_of(upstream, endpoint, **body) == name
+    await engine.stop()
+
+
+async def test_adapters_without_a_socket() -> None:
+    backend = FakeBackend(listen=False)
+    engine = await backend.start(CARD, None, 1, [adapter("finance")])
+    assert engine.adapters()["finance"].adapter == 0
+    assert (engine.endpoint.adapter, engine.refused()) == (None, {})

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tests.unit.gguf_files import numbers, write_base, write_lora
 
-from calm.backends import sandbox
-from calm.backends.llamacpp import LlamaCppBackend, child_plan, http_threads
+from calm.backends import llamacpp, sandbox
+from calm.backends.llamacpp import LlamaCppBackend, base_among, blame, child_plan, http_threads, sort_adapters
 from calm.errors import LoadFailed
-from calm.records import Capability, ChatSpec, ModelCard, SandboxSpec
+from calm.records import AdapterFile, Capability, ChatSpec, Endpoint, ModelCard, SandboxSpec
 
 WEIGHTS, SOCKET, LIBRARY = Path("/w/m.gguf"), Path("/r/e.sock"), Path("/lib")
 
@@ -138,3 +139,115 @@ async def test_a_missing_sandbox_says_what_to_install(
 def test_wrappers_stand_in_front() -> None:
     wrapped = msgspec.structs.replace(card(), sandbox=SandboxSpec(wrapper=("ionice", "-c3")))
     assert sandbox.confined(wrapped, ["engine"], Path("/h"), None) == ["ionice", "-c3", "engine"]
+
+
+# --- adapters --------------------------------------------------------------------------------------
+
+LORA_WORDS = """model smol: the engine ended while starting, exit code 3; its last output:
+0.01 E llama_adapter_lora_init_from_file_ptr: failed to apply lora adapter: model arch and LoRA arch mismatch
+0.02 E cmn  common_init_: failed to load lora adapter '/a/finance.gguf'
+0.03 E cmn  common_init_: failed to create context with model '/w/m.gguf'"""
+FILES = {"finance": Path("/a/finance.gguf"), "twin": Path("/b/finance.gguf")}
+
+
+def adapter(name: str, weights: Path | None) -> AdapterFile:
+    return AdapterFile(card=card(name=name, adapter_of="smol"), weights=weights)
+
+
+def test_misfits_are_sorted_out_before_the_start(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base.gguf")
+    wrong = {"blk.7.attn_q.weight.lora_a": numbers(4, 64), "blk.7.attn_q.weight.lora_b": numbers(64, 4)}
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    fitting, refused = sort_adapters(
+        base,
+        [
+            adapter("good", write_lora(tmp_path / "good.gguf")),
+            adapter("wrong", write_lora(tmp_path / "wrong.gguf", wrong)),
+            adapter("broken", tmp_path / "broken.gguf"),
+            adapter("absent", None),
+        ],
+    )
+    assert fitting == {"good": tmp_path / "good.gguf"}
+    assert refused["wrong"] == "the base has no tensor blk.7.attn_q.weight"
+    assert refused["broken"].startswith("broken.gguf: ")
+    assert "no source" in refused["absent"]
+
+
+def test_a_base_that_cannot_be_read_is_left_to_the_engine(tmp_path: Path) -> None:
+    good = write_lora(tmp_path / "good.gguf")
+    assert sort_adapters(tmp_path / "gone.gguf", [adapter("good", good)]) == ({"good": good}, {})
+
+
+def test_adapters_are_handed_to_the_child_in_order() -> None:
+    plan = child_plan(card(), WEIGHTS, 1, SOCKET, LIBRARY, tuple(FILES.values()))
+    assert plan["adapters"] == ["/a/finance.gguf", "/b/finance.gguf"]
+
+
+async def test_adapters_are_no_option(tmp_path: Path) -> None:
+    wrong = card(engine={"options": {"lora_adapters": "x"}})
+    with pytest.raises(LoadFailed, match="is decided by adapter_of in the adapter's card"):
+        await LlamaCppBackend(tmp_path).start(wrong, WEIGHTS, 1)
+
+
+def test_the_base_among_adapters_has_a_number_of_its_own() -> None:
+    endpoint = Endpoint(base_url="http://localhost", model="smol")
+    assert base_among(endpoint, 0).adapter is None
+    assert base_among(endpoint, 3).adapter == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "blamed"),
+    [
+        (LORA_WORDS, ["finance"]),
+        ("failed to load lora adapter", ["finance", "twin"]),
+        ("the engine ended while starting, killed by SIGABRT", ["finance", "twin"]),
+        ("failed to load model '/w/m.gguf'", []),
+        ("no healthy answer; lora for 'blk.0' cannot use buft 'CPU_REPACK', fallback to CPU", []),
+    ],
+)
+def test_who_is_to_blame_for_a_failed_start(message: str, blamed: list[str]) -> None:
+    assert blame(message, FILES) == blamed
+
+
+class Started:
+    """Stands in for a ChildEngine."""
+
+    endpoint = Endpoint(base_url="http://localhost", model="smol")
+
+    def carry(self, *found: object) -> tuple[object, ...]:
+        return found
+
+
+async def test_a_failure_on_an_adapter_costs_that_adapter_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[list[str]] = []
+
+    async def start(self: LlamaCppBackend, *given: object) -> Started:
+        adapters = given[3]
+        assert isinstance(adapters, dict)
+        tried.append(list(adapters))
+        if "finance" in adapters:
+            raise LoadFailed(LORA_WORDS)
+        return Started()
+
+    monkeypatch.setattr(LlamaCppBackend, "_start_in_home", start)
+    monkeypatch.setattr(llamacpp, "sort_adapters", lambda weights, adapters: (dict(FILES), {}))
+    found = await LlamaCppBackend(tmp_path).start(card(), WEIGHTS, 1)
+    assert isinstance(found, tuple)
+    adapters, refused, base = found
+    assert tried == [["finance", "twin"], ["twin"]]
+    assert (adapters["twin"].model, adapters["twin"].adapter, base.adapter) == ("twin", 0, 1)
+    assert refused == {"finance": "llama.cpp refused it: model arch and LoRA arch mismatch"}
+
+
+async def test_a_failure_of_the_base_is_told_without_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(self: LlamaCppBackend, *given: object) -> Started:
+        raise LoadFailed("failed to load model '/w/m.gguf'")
+
+    monkeypatch.setattr(LlamaCppBackend, "_start_in_home", start)
+    monkeypatch.setattr(llamacpp, "sort_adapters", lambda weights, adapters: (dict(FILES), {}))
+    with pytest.raises(LoadFailed, match=r"'m\.gguf'"):
+        await LlamaCppBackend(tmp_path).start(card(), WEIGHTS, 1)

@@ -30,6 +30,7 @@ from calm.bench.trials import (
     residency_at,
     row_of,
     timeline,
+    with_adapters,
 )
 from calm.cli.bench import HINDSIGHT, bench
 from calm.cli.group import RootGroup
@@ -605,3 +606,22 @@ def test_json_is_all_there_is_on_stdout(machine: Path, monkeypatch: pytest.Monke
     assert found["title"] == "calm bench"
     assert found["provenance"]["versions"]["python"]
     assert found["summaries"][0]["label"] == "calm / calm"
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+def test_a_specialist_is_a_hit_while_its_base_is_in_memory() -> None:
+    hosts = {"smol": "smol", "finance": "smol"}
+    assert hit(stored("finance", 100.0), LOADED, (), hosts) is True
+    assert hit(stored("finance", 98.5), LOADED, (), hosts) is False
+
+
+def test_specialists_have_the_lanes_of_their_base_and_no_loads_of_their_own() -> None:
+    hosts = {"smol": "smol", "finance": "smol", "other": "other"}
+    moves = (*LOADED, moved(99.5, "other", "cold", "loading"))
+    shown = with_adapters(moves, hosts)
+    assert [(move.model, move.new) for move in shown] == [
+        ("smol", "loading"), ("finance", "loading"), ("smol", "ready"), ("finance", "ready"), ("other", "loading"),
+    ]  # fmt: skip
+    assert loads(moves) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -341,3 +342,34 @@ def test_models_are_asked_side_by_side_where_threads_and_memory_allow() -> None:
     assert lanes([2, 2], [10, 10], 2, 100) == 1
     assert lanes([1, 1, 1], [60, 60, 10], 2, 100) == 1
     assert lanes([], [], 2, 0) == 1
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+async def test_a_specialist_is_measured_on_its_bases_engine(tmp_path: Path, backend: FakeBackend) -> None:
+    """Its figures are its own; its memory and its load are what it adds to its base."""
+    finance = card("finance", adapter_of="a", memory_hint_bytes=9_000_000)
+    cards = {"a": card("a"), "finance": finance}
+    async with laboratory(tmp_path, backend, ["a"]) as lab:
+        lab = dataclasses.replace(lab, bases={"a": cards["a"]})
+        found = (await Survey(lab, cards, MACHINE, asking=ASKING).run()).profile.models
+    assert {name for name, _ in backend.started} == {"a"}
+    assert ("finance",) in backend.given
+    assert found["finance"].memory_bytes == 9_000_000
+    assert (found["finance"].load_s, found["finance"].load_j) == (0.0, 0.0)
+    assert found["a"].load_s > 0
+    assert found["finance"].prefill_tps == pytest.approx(1000, rel=0.01)
+    assert found["finance"].quality["math"] == pytest.approx(0.6)
+
+
+async def test_a_specialist_of_another_shape_is_named_and_left_out(
+    tmp_path: Path, backend: FakeBackend
+) -> None:
+    backend.scripts["odd"] = script(refuse="its rank is odd")
+    cards = {"a": card("a"), "odd": card("odd", adapter_of="a")}
+    async with laboratory(tmp_path, backend, ["a"]) as lab:
+        lab = dataclasses.replace(lab, bases={"a": cards["a"]})
+        found = await Survey(lab, cards, MACHINE).run()
+    assert list(found.profile.models) == ["a"]
+    assert found.problems == {"odd": "odd cannot run on a: its rank is odd"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from calm.clock import ManualClock, SystemClock
 from calm.errors import (
@@ -24,14 +25,15 @@ from calm.errors import (
 )
 from calm.execute.events import Limits, Measured, Want
 from calm.execute.executor import Executor
-from calm.records import Endpoint, EngineSpec, LeaseRequest, ModelCard, PlacementPlan, SourceSpec
+from calm.records import AdapterFile, Endpoint, EngineSpec, LeaseRequest, ModelCard, PlacementPlan, SourceSpec
 
 MIB = 2**20
 
 
 class Engine:
-    def __init__(self, backend: Backend, card: ModelCard) -> None:
+    def __init__(self, backend: Backend, card: ModelCard, adapters: Sequence[AdapterFile]) -> None:
         self.backend, self.card = backend, card
+        self.given = [adapter.card.name for adapter in adapters]
         self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.stops = 0
 
@@ -40,6 +42,14 @@ class Engine:
         return Endpoint(
             base_url=self.card.engine.url or f"http://{self.card.name}.test", model=self.card.name
         )
+
+    def adapters(self) -> dict[str, Endpoint]:
+        left_out = {*self.backend.misfits, *self.backend.forgets}
+        taken = [name for name in self.given if name not in left_out]
+        return {name: replace(self.endpoint, adapter=number) for number, name in enumerate(taken)}
+
+    def refused(self) -> dict[str, str]:
+        return {name: why for name, why in self.backend.misfits.items() if name in self.given}
 
     def pids(self) -> tuple[int, ...]:
         return (4711,)
@@ -68,13 +78,19 @@ class Backend:
         self.stop_gate.set()
         self.footprints: dict[str, int] = {}
         self.errors: dict[str, Exception] = {}
+        self.misfits: dict[str, str] = {}
+        self.forgets: set[str] = set()
+        self.carried: list[list[str]] = []
         self.stop_errors: list[Exception] = []
         self.started: list[tuple[str, int]] = []
         self.running: set[Engine] = set()
         self.cancelled = 0
 
-    async def start(self, card: ModelCard, weights: Path | None, threads: int) -> Engine:
+    async def start(
+        self, card: ModelCard, weights: Path | None, threads: int, adapters: Sequence[AdapterFile] = ()
+    ) -> Engine:
         self.started.append((card.name, threads))
+        self.carried.append([adapter.card.name for adapter in adapters])
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
@@ -83,7 +99,7 @@ class Backend:
         if card.name in self.errors:
             raise self.errors[card.name]
         self.clock.advance(0.5)
-        engine = Engine(self, card)
+        engine = Engine(self, card, adapters)
         self.running.add(engine)
         return engine
 
@@ -576,3 +592,104 @@ async def test_a_storm_leaks_no_lease_no_engine_and_no_answer(seed: int) -> None
         assert all(task.done() for task in tasks), "someone still waits"
         assert b.executor.in_flight == b.executor.queue_length == b.executor.threads_in_use == 0
         assert outcomes.count("served") > 10
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def adapter(name: str, of: str = "base", **fields: object) -> ModelCard:
+    source = SourceSpec(parts=(f"file:/{name}.gguf",), sha256="a" * 64)
+    engine = EngineSpec(**{"slots": 2} | fields)
+    return ModelCard(
+        name=name, description=name, adapter_of=of, source=source, memory_hint_bytes=2 * MIB, engine=engine
+    )
+
+
+FAMILY = (card("base"), adapter("finance"), adapter("medical"))
+
+
+async def test_specialists_lease_their_base_under_their_own_adapter() -> None:
+    async with bench(*FAMILY) as b:
+        finance = await b.acquire("finance")
+        again = await b.acquire("finance")
+        assert b.backend.started == [("base", 2)]
+        assert b.backend.carried == [["finance", "medical"]]
+        assert [lease.endpoint.adapter for lease in (finance, again)] == [0, 0]
+        assert b.executor.engine("finance") is b.executor.engine("base")
+        assert b.executor.load_of("finance") == 2
+        assert list(b.executor.pids()) == ["base"]
+        b.executor.release(finance)
+        b.executor.release(again)
+        medical = await b.acquire("medical")
+        assert medical.endpoint.adapter == 1
+        b.executor.release(medical)
+        assert (await b.acquire("base")).endpoint.adapter not in (0, 1)
+
+
+async def test_a_misfit_is_refused_with_the_reason_and_the_rest_serves() -> None:
+    async with bench(*FAMILY) as b:
+        b.backend.misfits = {"finance": "its rank is odd"}
+        with pytest.raises(LoadFailed, match="finance cannot run on base: its rank is odd"):
+            await b.acquire("finance")
+        await b.acquire("medical")
+        assert b.residency("finance") == "failed"
+        assert b.residency("medical") == "ready"
+
+
+async def test_an_adapter_whose_file_cannot_be_had_fails_alone() -> None:
+    async def weights(wanted: ModelCard) -> Path | None:
+        if wanted.name == "finance":
+            raise SourceError("the index does not answer")
+        return None
+
+    async with bench(*FAMILY, weights=weights) as b:
+        with pytest.raises(LoadFailed, match=r"could not be had: the index does not answer"):
+            await b.acquire("finance")
+        await b.acquire("medical")
+        assert b.backend.carried == [["medical"]]
+
+
+async def test_an_adapter_that_an_engine_forgets_is_failed_not_lost() -> None:
+    async with bench(*FAMILY) as b:
+        b.backend.forgets = {"finance"}
+        with pytest.raises(LoadFailed, match="its engine did not take it"):
+            await b.acquire("finance")
+
+
+async def test_a_new_specialist_joins_after_the_last_lease() -> None:
+    async with bench(*FAMILY[:2]) as b:
+        lease = await b.acquire("finance")
+        b.executor.update_fleet({c.name: c for c in FAMILY})
+        joining = b.ask("medical")
+        await b.settle()
+        assert b.backend.carried == [["finance"]]
+        b.executor.release(lease)
+        assert (await joining).endpoint.adapter == 1
+        assert b.backend.carried == [["finance"], ["finance", "medical"]]
+
+
+async def test_remote_specialists_are_asked_by_name_and_join_without_a_restart() -> None:
+    far = remote("base")
+    finance = replace(adapter("finance"), engine=far.engine, max_in_flight=1)
+    medical = replace(adapter("medical"), engine=far.engine, max_in_flight=1)
+    async with bench(far, finance) as b:
+        lease = await b.acquire("finance")
+        b.executor.release(lease)
+        b.executor.update_fleet({c.name: c for c in (far, finance, medical)})
+        b.executor.release(await b.acquire("medical"))
+        assert b.backend.carried == [["finance"], ["finance", "medical"]]
+        b.backend.misfits = {"medical": "unknown there"}
+        b.executor.update_fleet({c.name: c for c in (far, medical)})
+        with pytest.raises(LoadFailed, match="medical cannot run on base: unknown there"):
+            await b.acquire("medical")
+        assert b.residency("medical") == "failed"
+        assert b.residency("base") == "remote"
+
+
+async def test_unloading_a_specialist_says_what_to_unload() -> None:
+    async with bench(*FAMILY) as b:
+        await b.executor.load("finance")
+        with pytest.raises(BadInput, match="unload base"):
+            await b.executor.unload("finance")
+        await b.executor.unload("base")
+        assert b.residency("finance") == "cold"

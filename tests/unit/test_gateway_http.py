@@ -110,6 +110,23 @@ async def test_models(client: Client) -> None:
     assert (response.status, answer["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_models_tell_whose_adapters_they_are(client: Client) -> None:
+    service = client.service
+    service.fleet["finance"] = msgspec.structs.replace(
+        service.fleet["small"], name="finance", adapter_of="small"
+    )
+    _, answer = await client.ask("GET", "/v1/models")
+    told = {entry["id"]: entry.get("calm") for entry in answer["data"]}
+    assert told["finance"] == {"adapter_of": "small"}
+    assert told["small"] == {"adapter_of": None}
+    assert told["calm"] is None
+    _, fleet = await client.ask("GET", "/calm/v1/fleet")
+    assert {entry["name"]: entry["adapter_of"] for entry in fleet["models"]}["finance"] == "small"
+    _, base = await client.ask("GET", "/calm/v1/models/small")
+    assert base["adapters"] == ["finance"]
+    assert (await client.ask("GET", "/calm/v1/models/finance"))[1]["card"]["adapter_of"] == "small"
+
+
 async def test_index_health_readiness(client: Client) -> None:
     _, index = await client.ask("GET", "/")
     assert "POST /v1/chat/completions" in index["endpoints"]

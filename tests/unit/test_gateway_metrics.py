@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
 from calm.gateway.fake import ScriptedService, decision_for
@@ -147,3 +148,16 @@ def test_two_servers_in_one_process_do_not_collide() -> None:
     one.response("/x", 200)
     assert value(one, "calm_http_responses_total", route="/x", code="200") == 1
     assert value(two, "calm_http_responses_total", route="/x", code="200") is None
+
+
+def test_adapters_add_nothing_to_sums_over_models() -> None:
+    service = ScriptedService()
+    figures = metrics()
+    snapshot = service.snapshot()
+    base = snapshot.models["small"]
+    shared = {**snapshot.models, "finance": base}
+    figures.residency(msgspec.structs.replace(snapshot, models=shared))
+    assert value(figures, "calm_model_state", model="finance", state=base.residency) == 1.0
+    for name in ("calm_model_bytes", "calm_model_in_flight", "calm_model_waiting", "calm_model_pinned"):
+        assert value(figures, name, model="small") is not None
+        assert value(figures, name, model="finance") is None

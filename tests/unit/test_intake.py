@@ -130,3 +130,47 @@ def test_the_journal_numbers_and_passes_on() -> None:
     assert len(journal.since(0, 1)) == 1
     assert told[-1] == ("a", "loading", "ready")
     assert log.kinds == [("residency", "a")] * 2
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def adapt(directory: Path, name: str, base: str, weights: Path, sha256: str) -> Path:
+    card = put(directory, name, weights, sha256)
+    card.write_text(f'adapter_of = "{base}"\n{card.read_text()}')
+    return card
+
+
+async def test_an_adapter_waits_for_the_weights_of_its_base(tmp_path: Path) -> None:
+    intake, offers, fleet = make(tmp_path, fetch=False)
+    file, sha256 = weights_file(tmp_path / "a.gguf")
+    (fleet / "base.toml").write_text(
+        'name = "base"\ndescription = "d"\n[source]\nparts = ["https://localhost:1/w"]\n'
+        f'sha256 = "{"0" * 64}"\n'
+    )
+    adapt(fleet, "finance", "base", file, sha256)
+    await intake.start()
+    while not offers.seen[-1][1].get("finance", "").startswith("its base base is not served"):
+        offers.changed.clear()
+        await offers.changed.wait()
+    assert offers.seen[-1][0] == []
+    assert "calm models pull base" in offers.seen[-1][1]["finance"]
+
+
+async def test_adapters_that_come_at_the_same_time_join_together(tmp_path: Path) -> None:
+    """Each joining restarts the base: six of them are one restart, and one that cannot be had holds nobody up."""
+    intake, offers, fleet = make(tmp_path)
+    base, sha256 = weights_file(tmp_path / "base.gguf", b"base")
+    put(fleet, "base", base, sha256)
+    await intake.start()
+    await offers.until(["base"])
+    for name in ("finance", "medical"):
+        file, sha256 = weights_file(tmp_path / f"{name}.gguf", name.encode())
+        adapt(fleet, name, "base", file, sha256)
+    adapt(fleet, "odd", "base", tmp_path / "base.gguf", "0" * 64)
+    await intake.start()
+    unavailable = await offers.until(["base", "finance", "medical"])
+    assert "could not be had" in unavailable["odd"]
+    assert [names for names, _ in offers.seen if "finance" in names or "medical" in names] == [
+        ["base", "finance", "medical"]
+    ]

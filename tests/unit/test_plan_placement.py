@@ -237,3 +237,42 @@ def test_nothing_more_would_fit(world: Any, budget: int) -> None:
     used = sum(system.models[name].footprint_bytes for name in plan.preload)
     out = set(plan.value) - set(plan.preload)
     assert all(used + system.models[name].footprint_bytes > budget for name in out)
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+def specialists(*names: str, of: str = "base") -> dict[str, ModelCard]:
+    return {name: card(name, adapter_of=of, memory_hint_bytes=MIB) for name in names}
+
+
+def shared(*states: ModelState, **adapters: str) -> Snapshot:
+    """`adapters`: the base of each, whose state it shares."""
+    found = snapshot(*states)
+    return msgspec.structs.replace(
+        found, models={**found.models, **{name: found.models[base] for name, base in adapters.items()}}
+    )
+
+
+def test_what_is_asked_of_specialists_speaks_for_their_base() -> None:
+    cards = fleet("base", "other") | specialists("x", "y")
+    now = shared(state("base"), state("other"), x="base", y="base")
+    plan = propose(cards, now, {"x": 1.0, "y": 2.0, "other": 2.0})
+    assert plan.preload == ("base", "other")
+    assert plan.value["base"] == pytest.approx(3.0 / (100 * MIB), rel=1e-4)
+    assert set(plan.value) == {"base", "other"}
+
+
+def test_a_family_is_planned_with_the_bytes_of_all_its_members() -> None:
+    cards = {"base": card("base", memory_hint_bytes=249 * MIB)} | specialists("x")
+    assert propose(cards, snapshot(), {}).preload == ("base",)
+    assert propose(cards | specialists("x", "y"), snapshot(), {}).preload == ()
+
+
+def test_specialists_do_not_crowd_out_others() -> None:
+    """Six specialists in 100 MiB leave room for another base, however often their state is listed."""
+    names = [f"s{i}" for i in range(6)]
+    cards = fleet("base", "other") | specialists(*names)
+    now = shared(state("base", residency="ready"), state("other"), **dict.fromkeys(names, "base"))
+    plan = propose(cards, now, {"s0": 1.0, "other": 1.0})
+    assert set(plan.preload) == {"base", "other"}

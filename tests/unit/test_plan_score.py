@@ -6,6 +6,7 @@ from collections import Counter
 from math import isfinite, log2
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -341,3 +342,13 @@ def test_making_a_model_better_never_ranks_it_lower(rows: Any, data: Any) -> Non
     ranked = rank(*better, weights=weights)
     after = sum(c.score < ranked[f"m{i}"].score - 1e-12 for c in ranked.values())
     assert after <= before
+
+
+def test_a_base_with_specialists_is_displaced_once() -> None:
+    """Its reload is paid once, however many models it serves: else loading anything would look six times dearer."""
+    base, new = state("base"), state("new", residency="cold", footprint_bytes=100 * MIB)
+    alone = snapshot(base, new, budget=100 * MIB, used=100 * MIB)
+    listed = {"base": base, "x": base, "y": base, "new": new}
+    shared = msgspec.structs.replace(alone, models=listed)
+    cards = {"new": ModelCard(name="new", description="new")}
+    assert displaced_s(shared, cards) == displaced_s(alone, cards) == [2.0]

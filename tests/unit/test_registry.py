@@ -375,7 +375,7 @@ def test_remove_card_removes_only_cards_of_the_fleet(tmp_path: Path) -> None:
 def test_the_default_fleet_is_good() -> None:
     load = load_fleet(ROOT / "fleet")
     assert load.problems == ()
-    assert list(load.fleet) == ["gemma-3-270m", "smollm2-135m", "tinyllama-1.1b"]
+    assert {"gemma-3-270m", "smollm2-135m", "tinyllama-1.1b"} <= set(load.fleet)
     assert all(found.source and found.source.licence for found in load.fleet.values())
 
 
@@ -411,3 +411,179 @@ def test_the_howto_cards_are_good(example: str, tmp_path: Path) -> None:
     file.write_text(chosen[0])
     found, wrong = read_card(file)
     assert found is not None, wrong
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+ADAPTER = {"adapter_of": "base"}
+
+
+def put(directory: Path, name: str, more: str = "", tables: str = "") -> Path:
+    file = directory / f"{name}.toml"
+    source = f'[source]\nparts = ["file:/{name}.gguf"]\nsha256 = "{SHA}"\n'
+    file.write_text(f'name = "{name}"\ndescription = "d"\n{more}\n{source}{tables}')
+    return file
+
+
+@pytest.mark.parametrize(
+    ("stated", "field"),
+    [
+        ({"context": 4096}, "context"),
+        ({"placement": "local"}, "placement"),
+        ({"max_in_flight": 2}, "max_in_flight"),
+        ({"sandbox": {"nice": 5}}, "sandbox"),
+        ({"engine": {"kind": "llamacpp"}}, "engine.kind"),
+        ({"engine": {"slots": 2}}, "engine.slots"),
+        ({"chat": {"template": "x"}}, "chat.template"),
+        (
+            {"source": {**SOURCE, "convert": {"to": "Q4_0", "sha256": SHA}}},
+            "source.convert",
+        ),
+    ],
+)
+def test_an_adapter_does_not_state_what_is_its_bases(stated: dict[str, object], field: str) -> None:
+    problem = only(card(**ADAPTER, **stated))
+    assert problem.field == field
+
+
+def test_what_an_adapter_may_state() -> None:
+    own = {
+        "engine": {"upstream_model": "Finance-LoRA"},
+        "chat": {"stop": ["\n"], "trim": True},
+        "memory_hint_bytes": 9_000_000,
+        "priors": {"quality": {"finance": 0.9}},
+        "price": {"input_usd_per_mtok": 0.1},
+    }
+    assert problems(card(**ADAPTER, **own)) == []
+
+
+def test_an_adapter_of_itself_is_none() -> None:
+    assert only(card(adapter_of="tiny")).field == "adapter_of"
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        ({"kind": "openai", "url": "http://127.0.0.1:1"}, "is not read by kind"),
+        ({"kind": "command", "cmd": "x {port}"}, "is not read by kind"),
+        ({"kind": "onnx"}, "is not read by kind"),
+    ],
+)
+def test_only_the_built_in_engine_converts(engine: dict[str, object], reason: str) -> None:
+    source = {**SOURCE, "convert": {"to": "Q8_0", "sha256": SHA}}
+    found = [p for p in problems(card(source=source, engine=engine)) if p.field == "source.convert"]
+    assert [reason in p.reason for p in found] == [True]
+
+
+def test_only_a_gguf_is_converted_and_its_digest_is_checked() -> None:
+    convert = {"to": "Q8_0", "sha256": SHA}
+    assert problems(card(source={**SOURCE, "parts": ["file:/m.gguf"], "convert": convert})) == []
+    assert (
+        only(card(source={**SOURCE, "parts": ["file:/m.onnx"], "convert": convert})).field == "source.convert"
+    )
+    wrong = {"to": "Q8_0", "sha256": "short"}
+    assert only(card(source={**SOURCE, "convert": wrong})).field == "source.convert.sha256"
+
+
+def test_an_onnx_engine_needs_weights() -> None:
+    assert only({k: v for k, v in card(engine={"kind": "onnx"}).items() if k != "source"}).field == "source"
+    assert problems(card(engine={"kind": "onnx"})) == []
+
+
+def test_an_adapter_is_completed_from_its_base(tmp_path: Path) -> None:
+    tables = '[engine]\nslots = 2\nthreads = 3\n[chat]\nstop = ["</s>"]\n[priors]\ndecode_tps = 40.0\nload_s = 1.5\n'
+    put(tmp_path, "base", "context = 512\nmax_in_flight = 1", tables)
+    put(
+        tmp_path,
+        "finance",
+        'adapter_of = "base"\nmemory_hint_bytes = 7',
+        '[engine]\nupstream_model = "fin"\n[priors]\ndecode_tps = 30.0\n[priors.quality]\nfinance = 0.9\n',
+    )
+    load = load_fleet(tmp_path)
+    assert load.problems == ()
+    finance, base = load.fleet["finance"], load.fleet["base"]
+    assert (finance.host, base.host) == ("base", "base")
+    assert (finance.context, finance.concurrency, finance.engine.slots) == (512, 1, 2)
+    assert (finance.engine.upstream_model, base.engine.upstream_model) == ("fin", None)
+    assert finance.chat.stop == ("</s>",)
+    assert (finance.priors.decode_tps, finance.priors.load_s) == (30.0, 1.5)
+    assert (finance.memory_hint_bytes, base.priors.quality) == (7, {})
+
+
+def test_adapters_of_a_remote_base_are_remote_and_need_no_file(tmp_path: Path) -> None:
+    (tmp_path / "far.toml").write_text(
+        'name = "far"\ndescription = "d"\n[engine]\nkind = "openai"\nurl = "https://far.example/v1"\n'
+    )
+    (tmp_path / "finance.toml").write_text('name = "finance"\ndescription = "d"\nadapter_of = "far"\n')
+    finance = load_fleet(tmp_path).fleet["finance"]
+    assert finance.remote
+    assert finance.placement == "remote"
+
+
+@pytest.mark.parametrize(
+    ("base", "field", "reason"),
+    [
+        ("", "adapter_of", "no good card of `base`"),
+        ('adapter_of = "other"', "adapter_of", "is itself an adapter"),
+        ("context = 0", "adapter_of", "no good card of `base`"),
+    ],
+)
+def test_an_adapter_without_a_base_is_a_problem_of_its_own(
+    tmp_path: Path, base: str, field: str, reason: str
+) -> None:
+    put(tmp_path, "other")
+    if base:
+        put(tmp_path, "base", base)
+    put(tmp_path, "finance", 'adapter_of = "base"')
+    load = load_fleet(tmp_path)
+    [problem] = [p for p in load.problems if Path(p.file).stem == "finance"]
+    assert problem.field == field
+    assert reason in problem.reason
+    assert "other" in load.fleet
+    assert "finance" not in load.fleet
+
+
+def test_an_onnx_base_carries_no_adapters_and_a_built_in_one_needs_the_file(tmp_path: Path) -> None:
+    put(tmp_path, "needle", "", '[engine]\nkind = "onnx"\n')
+    put(tmp_path, "base")
+    put(tmp_path, "finance", 'adapter_of = "needle"')
+    (tmp_path / "medical.toml").write_text('name = "medical"\ndescription = "d"\nadapter_of = "base"\n')
+    found = {Path(p.file).stem: (p.field, p.reason) for p in load_fleet(tmp_path).problems}
+    assert found["finance"] == (
+        "adapter_of",
+        "`needle` runs on an engine of kind `onnx`, which carries no adapters",
+    )
+    assert found["medical"] == ("source", "an adapter on a llamacpp engine needs its weights")
+
+
+def test_an_adapter_joins_when_its_base_appears_and_leaves_with_it(tmp_path: Path) -> None:
+    put(tmp_path, "finance", 'adapter_of = "base"')
+    before = load_fleet(tmp_path)
+    assert list(before.fleet) == []
+    file = put(tmp_path, "base")
+    both = keep_previous(before.fleet, load_fleet(tmp_path))
+    assert list(both.fleet) == ["base", "finance"]
+    file.unlink()
+    after = keep_previous(both.fleet, load_fleet(tmp_path))
+    assert list(after.fleet) == []
+    assert [Path(p.file).stem for p in after.problems] == ["finance"]
+
+
+def test_a_base_that_turns_bad_keeps_its_adapters_serving(tmp_path: Path) -> None:
+    put(tmp_path, "base")
+    put(tmp_path, "finance", 'adapter_of = "base"')
+    before = load_fleet(tmp_path)
+    put(tmp_path, "base", "context = 0")
+    after = keep_previous(before.fleet, load_fleet(tmp_path))
+    assert list(after.fleet) == ["base", "finance"]
+    assert after.fleet == before.fleet
+
+
+def test_an_adapter_that_turns_bad_serves_on_with_its_bases_new_card(tmp_path: Path) -> None:
+    put(tmp_path, "base")
+    put(tmp_path, "finance", 'adapter_of = "base"')
+    before = load_fleet(tmp_path)
+    put(tmp_path, "base", "context = 4096")
+    put(tmp_path, "finance", 'adapter_of = "base"\ncontext = 1')
+    after = keep_previous(before.fleet, load_fleet(tmp_path))
+    assert after.fleet["finance"].context == 4096

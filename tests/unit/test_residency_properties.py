@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from calm.execute.entry import HOLDS_MEMORY
 from calm.execute.events import (
     AdminLoad,
     AdminUnload,
@@ -39,15 +40,27 @@ from calm.execute.events import (
 from calm.execute.eviction import parse_eviction
 from calm.execute.residency import Machine
 from calm.execute.sizing import size_fleet
-from calm.records import EngineSpec, ModelCard, PlacementPlan
+from calm.records import EngineSpec, ModelCard, PlacementPlan, SourceSpec
 
-NAMES = ("a", "b", "c", "d", "r")
+HOSTS = ("a", "b", "c", "d", "r")
+ADAPTERS = ("a1", "a2", "r1")
+"""Each on the engine of its first letter."""
+NAMES = (*HOSTS, *ADAPTERS)
 EVICTIONS = ("calm", "lru", "lfu", "fifo", "lru:1", "lfu:2", "calm:3")
 CORES = 2
 BYPASS_S = 2.0
 
 
 def make_card(name: str, variant: int = 0) -> ModelCard:
+    if name in ADAPTERS:
+        return ModelCard(
+            name=name,
+            description=f"variant {variant}",
+            adapter_of=name[0],
+            memory_hint_bytes=3,
+            source=SourceSpec(parts=("file:/x",), sha256=("0" if variant < 2 else "1") * 64),
+            engine=make_card(name[0]).engine,
+        )
     if name == "r":
         return ModelCard(name=name, description="", engine=EngineSpec(kind="openai", slots=2))
     hint = {"a": 20, "b": 40, "c": 60, "d": 90}[name]
@@ -71,7 +84,9 @@ class World:
         self.at_s = 0.0
         self.budget = 100
         self.cards: dict[str, ModelCard] = {}
-        self.engines: dict[str, str] = {}  # model -> loading | cancelling | up | stopping
+        self.engines: dict[str, str] = {}  # host -> loading | cancelling | up | stopping
+        self.given: dict[str, set[str]] = {}  # host -> what its engine was started with
+        self.misfits: set[str] = set()
         self.threads: dict[str, int] = {}
         self.bytes: dict[str, int] = {}
         self.believed: dict[str, int] = {}
@@ -91,7 +106,7 @@ class World:
     def fleet(self, cards: dict[str, ModelCard]) -> None:
         self.cards = cards
         if "r" not in cards:  # requests at a remote engine outlive its card
-            self.leases = {t: "r, removed" if m == "r" else m for t, m in self.leases.items()}
+            self.leases = {t: "r, removed" if m[0] == "r" else m for t, m in self.leases.items()}
         self.feed(FleetChanged(self.at_s, size_fleet(cards, CORES)))
 
     def ticket(self) -> int:
@@ -111,7 +126,7 @@ class World:
         ticket = self.ticket()
         self.orders.add(ticket)
         if load:
-            self.wanted_since.setdefault(model, set()).add("asked")
+            self.wanted_since.setdefault(model[0], set()).add("asked")
             self.feed(AdminLoad(self.at_s, ticket, model))
         else:
             self.may_end_leases = force
@@ -135,7 +150,9 @@ class World:
             case StartLoad(model, threads):
                 assert model not in self.engines, "I3: one engine per model at a time"
                 assert model in self.cards
+                assert model in HOSTS, "an engine for an adapter"
                 self.engines[model] = "loading"
+                self.given[model] = {n for n, card in self.cards.items() if card.host == model}
                 self.threads[model] = threads
                 self.bytes[model] = self.machine.models()[model].footprint_bytes
                 self.wanted_since.setdefault(model, set())
@@ -144,7 +161,7 @@ class World:
                 self.engines[model] = "cancelling"
             case StartUnload(model):
                 assert self.engines[model] == "up"
-                held = [t for t, m in self.leases.items() if m == model]
+                held = [t for t, m in self.leases.items() if m[0] == model]
                 assert not held or self.may_end_leases, "I2: evicted under a lease"
                 for ticket in held:
                     del self.leases[ticket]
@@ -168,11 +185,14 @@ class World:
     def granted(self, ticket: int) -> None:
         model, _ = self.waiting[ticket]
         self.answer(ticket, "granted")
-        card = self.cards[model]
-        if not card.remote:
-            assert self.engines.get(model) == "up", "granted without an engine"
+        host = self.cards[self.cards[model].host]
+        if not host.remote:
+            assert self.engines.get(host.name) == "up", "granted without an engine"
+            assert model in self.given[host.name], "granted on an engine that does not carry it"
+            assert model not in self.misfits, "granted on an engine that could not take it"
         self.leases[ticket] = model
-        assert sum(m == model for m in self.leases.values()) <= card.concurrency
+        held = [m for m in self.leases.values() if m[0] == host.name and m != "r, removed"]
+        assert len(held) <= host.concurrency, "a base and its adapters share its places"
 
     # --- invariants ---
 
@@ -186,7 +206,7 @@ class World:
             self.excess_known = True
         else:
             self.excess_known = False
-        active = {m for m in self.leases.values() if not m.startswith("r")}
+        active = {m[0] for m in self.leases.values() if not m.startswith("r")}
         assert sum(self.threads[m] for m in active) <= CORES, "I5: more threads than cores"
         assert machine.cores_in_use == sum(self.threads[m] for m in active)
         assert machine.in_flight == len(self.leases)
@@ -196,7 +216,17 @@ class World:
         self.check_overtaking(commands)
 
     def check_states(self) -> None:
-        for name, state in self.machine.models().items():
+        states = self.machine.models()
+        holding = [s for n, s in states.items() if s.model == n and s.residency in HOLDS_MEMORY]
+        assert {state.model for state in holding} <= self.bytes.keys(), "an adapter holds memory of its own"
+        for name, state in states.items():
+            if state.model != name:
+                assert state is states[state.model], "an adapter's state is its host's"
+                continue
+            if name in ADAPTERS:
+                assert (state.residency, state.footprint_bytes) == ("failed", 0)
+                assert state.reason
+                continue
             engine = self.engines.get(name)
             expected = {
                 "loading": {"loading"},
@@ -206,13 +236,15 @@ class World:
                 None: {"cold", "failed", "remote"},
             }[engine]
             assert state.residency in expected
-            assert state.in_flight == sum(m == name for m in self.leases.values())
-            assert state.waiting >= sum(m == name for m, _ in self.waiting.values())
+            assert state.in_flight == sum(m[0] == name and m != "r, removed" for m in self.leases.values())
+            assert state.waiting >= sum(m[0] == name for m, _ in self.waiting.values())
 
     def check_abandoned(self) -> None:
-        for name, state in self.machine.models().items():
+        planned = {name[0] for name in self.plan}
+        for state in self.machine.models().values():
             if state.residency == "loading" and state.waiting == 0:
-                assert state.pinned or name in self.plan or self.wanted_since[name], "I7: loads for nobody"
+                name = state.model
+                assert state.pinned or name in planned or self.wanted_since[name], "I7: loads for nobody"
 
     def check_overtaking(self, commands: list[Command]) -> None:
         """I6: nobody wakes an idle engine while an ask past bypass_s, before it in line, lacks cores only."""
@@ -223,7 +255,7 @@ class World:
             model = self.leases.get(ticket)
             if model is None or model.startswith("r"):
                 continue
-            if sum(m == model for m in self.leases.values()) > 1:
+            if sum(m[0] == model[0] for m in self.leases.values()) > 1:
                 continue
             for older, (wanted, arrived_s) in self.waiting.items():
                 if older < ticket and self.at_s >= arrived_s + BYPASS_S and wanted in self.cards:
@@ -233,7 +265,7 @@ class World:
 
     # --- what happens to engines ---
 
-    def finish_load(self, model: str, ok: bool, extra: int) -> None:
+    def finish_load(self, model: str, ok: bool, extra: int, misfits: tuple[str, ...] = ()) -> None:
         if self.engines.get(model) == "cancelling":
             self.gone(model)
             self.feed(Unloaded(self.at_s, model))
@@ -241,7 +273,9 @@ class World:
             self.engines[model] = "up"
             self.bytes[model] = max(1, self.bytes[model] + extra)
             self.wanted_since.pop(model, None)
-            self.feed(Loaded(self.at_s, model, self.bytes[model], 0.5))
+            refused = {name: "of another shape" for name in sorted(self.given[model]) if name in misfits}
+            self.misfits = {name for name in self.misfits if name[0] != model} | refused.keys()
+            self.feed(Loaded(self.at_s, model, self.bytes[model], 0.5, refused))
         elif self.engines.get(model) == "loading":
             self.gone(model)
             self.feed(LoadFailed(self.at_s, model, "no such file"))
@@ -285,7 +319,7 @@ class World:
 
     def prefer(self, names: tuple[str, ...], stale: bool) -> None:
         for name in names:
-            self.wanted_since.setdefault(name, set()).add("preferred")
+            self.wanted_since.setdefault(name[0], set()).add("preferred")
         revision = self.machine.revision - (1 if stale else 0)
         self.plan = self.plan if stale else names
         values = {name: 1.0 + i for i, name in enumerate(reversed(names))}
@@ -318,21 +352,22 @@ def perform(world: World, op: str, model: str, number: int) -> None:
         case "release":
             world.release(number)
         case "loaded":
-            world.finish_load(model, True, 0 if number % 3 else number % 60 - 20)
+            misfits = ADAPTERS[: number % 3] if number % 4 == 0 else ()
+            world.finish_load(model[0], True, 0 if number % 3 else number % 60 - 20, misfits)
         case "load_failed":
-            world.finish_load(model, False, 0)
+            world.finish_load(model[0], False, 0)
         case "unloaded":
-            world.finish_stop(model)
+            world.finish_stop(model[0])
         case "died":
-            world.die(model)
+            world.die(model[0])
         case "measured":
-            world.measure(model, 1 + number % 120)
+            world.measure(model[0], 1 + number % 120)
         case "sized":
-            world.size(model, 1 + number % 120)
+            world.size(model[0], 1 + number % 120)
         case "pin":
             world.feed(Pin(world.at_s, model) if number % 2 else Unpin(world.at_s, model))
         case "prefer":
-            world.prefer(("a", "b", "c", "d")[number % 4 : number % 4 + 2], number % 5 == 0)
+            world.prefer(("a", "b", "a1", "c", "d", "a2")[number % 6 : number % 6 + 2], number % 5 == 0)
         case "load":
             world.order(model, load=True)
         case "unload":

@@ -111,7 +111,9 @@ def test_a_row_of_short_turns_reaches_back_to_what_they_are_about() -> None:
 
 def test_tools_and_json_become_requirements() -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
-    assert chat(tools=[tool]).requires == {"chat", "tools"}
+    assert chat(tools=[tool]).requires == {"tools"}
+    assert chat(tools=[tool], messages=said("One.", "Two.")).requires == {"chat", "tools"}
+    assert chat(functions=[tool["function"]]).requires == {"chat", "tools"}
     assert chat(tools=[tool], tool_choice="none").requires == {"chat"}
     assert chat(tools=[]).requires == {"chat"}
     assert chat(response_format={"type": "json_schema", "json_schema": {}}).requires == {"chat", "json"}

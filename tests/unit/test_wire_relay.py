@@ -75,6 +75,15 @@ def test_a_stream_always_asks_for_usage_and_keeps_other_options() -> None:
     assert ask.body["stream_options"] == {"include_usage": False, "x": 1}
 
 
+def test_the_adapter_is_the_fleets_to_choose() -> None:
+    """A caller who names one of his own would be answered by a model that nobody decided for."""
+    card = ModelCard(name="finance", description="d", adapter_of="base")
+    ask = ask_for(lora=[{"id": 5, "scale": 9.0}])
+    specialist = Endpoint(base_url="http://x", model="base", adapter=2)
+    assert msgspec.json.decode(encode_for(ask, card, specialist))["lora"] == [{"id": 2, "scale": 1.0}]
+    assert "lora" not in msgspec.json.decode(encode_for(ask, card, ENDPOINT))
+
+
 def test_the_cards_stop_strings_join_the_callers() -> None:
     card = ModelCard(name="m", description="", chat=ChatSpec(stop=("</s>", "User:")))
     body = msgspec.json.decode(encode_for(ask_for(stop="\n"), card, ENDPOINT))

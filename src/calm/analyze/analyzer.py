@@ -26,13 +26,15 @@ from calm.analyze.prediction import Forecasts, Question, as_estimate, forecast
 from calm.analyze.quality import Quality
 from calm.analyze.queueing import Outlook, Stances
 from calm.ports import Embedder
-from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot
+from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot, SourceSpec
 
 FEW = 16
 """Up to so many models floats beat columns; `benchmarks/prediction.py` shows both sides of it."""
 
 _SERVICE_RATE = 0.1
 _FORGOTTEN_MODELS = 200
+_OF_THE_ENGINE = ("prompt_tokens", "load_s", "prefill_s", "tpot_s", "energy_j")
+"""Estimators of what an adapter has in common with its base; how long it talks and how well is its own."""
 
 
 class Analyzer:
@@ -66,15 +68,40 @@ class Analyzer:
             self._rows[card.name] = row
         self._cards[card.name] = card
         self._stances.forget(row)
-        self._parts.prime(row, card)
+        self._parts.prime(row, self._sized(card))
         if memory is not None and memory.identity == identity(card):
             self._recall(card.name, memory)
         else:
             self._calibration.forget(card.name)
             self._conversations.forget(card.name)
             self._service_s.pop(card.name, None)
+            self._inherit(row, card)
 
     changed = add
+
+    def _sized(self, card: ModelCard) -> ModelCard:
+        """An adapter's card with its base's weights: speed and load are guessed from what an engine reads."""
+        base = self._cards.get(card.host, card)
+        if base is card:
+            return card
+        return msgspec.structs.replace(card, source=base.source, memory_hint_bytes=base.memory_hint_bytes)
+
+    def _inherit(self, row: int, card: ModelCard) -> None:
+        """An adapter nobody asked yet begins with what its base has shown: it has the same tokens, engine and
+        nearly the same speed. Where its own speed was measured and stands in its card, that counts instead."""
+        base = self._cards.get(card.host)
+        if base is None or base is card:
+            return
+        states = self._parts.states(self._rows[base.name])
+        mine, its = card.priors, base.priors
+        own = {
+            "load_s": mine.load_s != its.load_s,
+            "prefill_s": mine.prefill_tps != its.prefill_tps,
+            "tpot_s": mine.decode_tps != its.decode_tps,
+            "energy_j": mine.energy_j_per_token != its.energy_j_per_token,
+        }
+        shared = [name for name in _OF_THE_ENGINE if name in states and not own.get(name)]
+        self._parts.restore(row, {name: states[name] for name in shared})
 
     def remove(self, name: str, *, forget: bool = False) -> None:
         """A model leaves. Unknown names are ignored; what it taught is kept unless `forget`."""
@@ -95,9 +122,9 @@ class Analyzer:
         """Makes the known models those of `cards`: adds, removes and updates what differs."""
         for name in [name for name in self._cards if name not in cards]:
             self.remove(name)
-        for name, card in cards.items():
-            if self._cards.get(name) != card:
-                self.add(card)
+        changed = [card for name, card in cards.items() if self._cards.get(name) != card]
+        for card in sorted(changed, key=lambda card: card.host != card.name):
+            self.add(card)  # bases first: their adapters begin with what they have shown
 
     # --- predicting ---
 
@@ -220,8 +247,9 @@ class Analyzer:
             self._parts.lengths.learn_one(row, self._length_case(features), *length)
         service = lessons.service_s(outcome)
         if service is not None and outcome.model is not None:
-            last = self._service_s.get(outcome.model, service)
-            self._service_s[outcome.model] = (1 - _SERVICE_RATE) * last + _SERVICE_RATE * service
+            engine = self._cards[outcome.model].host  # whose queue it is, adapters included
+            last = self._service_s.get(engine, service)
+            self._service_s[engine] = (1 - _SERVICE_RATE) * last + _SERVICE_RATE * service
 
     def _learn_energy(self, row: int, outcome: Outcome) -> None:
         observed = lessons.joules(outcome)
@@ -257,15 +285,15 @@ class Analyzer:
             saw(name, "output_tokens", estimate.output_tokens, outcome.completion_tokens)
 
     def loaded(self, model: str, load_s: float) -> None:
-        """A load ended. Its KV cache is empty, and its duration is learned."""
-        row = self._rows.get(model)
-        if row is None:
-            return
-        expected = self._parts.load.predict_one(row)
-        if self._parts.load.learn_one(row, (1.0,), load_s):
-            self._parts.learned(row)
-            self._calibration.saw(model, "load_s", expected, load_s)
-        self._conversations.loaded(model)
+        """A load ended. Its KV cache is empty, and its duration is learned: for the adapters that came with it,
+        too, since their load is their base's."""
+        for name in [name for name, card in self._cards.items() if card.host == model]:
+            row = self._rows[name]
+            expected = self._parts.load.predict_one(row)
+            if self._parts.load.learn_one(row, (1.0,), load_s):
+                self._parts.learned(row)
+                self._calibration.saw(name, "load_s", expected, load_s)
+            self._conversations.loaded(name)
 
     def rate(self, features: Features, model: str, rating: float) -> bool:
         """A rating of an answer, 1..5. False when the model is unknown or the rating out of range."""
@@ -328,9 +356,15 @@ class Analyzer:
             self._parked.pop(next(iter(self._parked)))
 
 
+def _served(source: SourceSpec) -> str:
+    """The digest of the file that the engine gets."""
+    return source.convert.sha256 if source.convert is not None else source.sha256
+
+
 def identity(card: ModelCard) -> str:
     """Changes exactly when what was learned about a model no longer holds for it."""
-    weights = card.source.sha256 if card.source is not None else ""
+    weights = _served(card.source) if card.source is not None else ""
     engine = card.engine
     options = sorted(engine.options.items())
-    return repr((weights, engine.kind, engine.cmd, engine.url, engine.upstream_model, options))
+    found = (weights, engine.kind, engine.cmd, engine.url, engine.upstream_model, options)
+    return repr(found if card.adapter_of is None else (*found, card.adapter_of))

@@ -29,6 +29,11 @@ _NOTHING = object()
 _COLD = {"ready": 0.0, "remote": 0.0, "loading": 0.5}
 
 
+def engines(snapshot: Snapshot) -> list[ModelState]:
+    """Each engine's state once: adapters share their base's, which bears the base's name."""
+    return [state for name, state in snapshot.models.items() if state.model == name]
+
+
 def drain_s(state: ModelState, service_s: float) -> float:
     """Until the engine is idle: the last of its running requests, and what waits for it."""
     slots = max(1, state.slots)
@@ -38,7 +43,7 @@ def drain_s(state: ModelState, service_s: float) -> float:
 
 def thread_waits(snapshot: Snapshot, service_s: Mapping[str, float]) -> list[tuple[float, int]]:
     """(seconds from now, core tokens free by then), ascending: the active engines drain one by one."""
-    active = [s for s in snapshot.models.values() if s.in_flight > 0 and s.residency != "remote"]
+    active = [s for s in engines(snapshot) if s.in_flight > 0 and s.residency != "remote"]
     ends = sorted((drain_s(s, service_s.get(s.model, DEFAULT_SERVICE_S)), s.threads) for s in active)
     free = max(0, snapshot.cores - snapshot.threads_in_use)
     steps = [(0.0, free)]
@@ -70,7 +75,7 @@ def evictable_bytes(snapshot: Snapshot) -> int:
     """Bytes of the ready models that are idle and not pinned."""
     return sum(
         s.footprint_bytes
-        for s in snapshot.models.values()
+        for s in engines(snapshot)
         if s.residency == "ready" and not s.in_flight and not s.pinned
     )
 
@@ -101,7 +106,7 @@ class Outlook:
     def _backlog_s(self) -> float:
         """Of all local models."""
         snapshot = self._snapshot
-        work = sum(s.waiting_work_s for s in snapshot.models.values() if s.residency != "remote")
+        work = sum(s.waiting_work_s for s in engines(snapshot) if s.residency != "remote")
         return work / max(1, snapshot.in_flight)
 
     @cached_property

@@ -2,7 +2,8 @@
 
 The template in `engine.cmd` is split like a shell would and its placeholders are filled in afterwards, word
 by word, so no value can add an argument and no shell is involved. The engine listens on the loopback port or
-the unix socket it is given and answers 200 at `engine.health` when it is ready.
+the unix socket it is given and answers 200 at `engine.health` when it is ready. Its adapters are those it was
+started with, and those it loads when asked (`served_adapters`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from calm.backends.engine import (
@@ -24,8 +25,10 @@ from calm.backends.engine import (
 )
 from calm.backends.process import clean_environment
 from calm.backends.sandbox import confined
+from calm.backends.served_adapters import find_adapters
+from calm.backends.upstream import HttpUpstream
 from calm.errors import LoadFailed
-from calm.records import Endpoint, ModelCard
+from calm.records import AdapterFile, Endpoint, ModelCard
 
 HOST = "127.0.0.1"
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
@@ -38,7 +41,25 @@ class CommandBackend:
         self._run_dir = run_dir
         self._inherited = inherited
 
-    async def start(self, card: ModelCard, weights: Path | None, threads: int) -> ChildEngine:
+    async def start(
+        self, card: ModelCard, weights: Path | None, threads: int, adapters: Sequence[AdapterFile] = ()
+    ) -> ChildEngine:
+        engine = await self._start(card, weights, threads)
+        try:
+            async with HttpUpstream() as upstream:
+                found = await find_adapters(
+                    upstream,
+                    engine.endpoint,
+                    adapters,
+                    same_machine=True,
+                    timeout_s=card.engine.start_timeout_s,
+                )
+        except BaseException:
+            await engine.kill()
+            raise
+        return engine.carry(found.adapters, found.refused, found.base)
+
+    async def _start(self, card: ModelCard, weights: Path | None, threads: int) -> ChildEngine:
         home = make_home(self._run_dir)
         try:
             port = free_port()

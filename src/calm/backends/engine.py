@@ -6,7 +6,9 @@ import asyncio
 import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 from calm.backends.process import Child, describe_exit, resident_bytes
 from calm.backends.upstream import HttpUpstream
@@ -22,7 +24,7 @@ PROBE_TIMEOUT_S = 5.0
 
 
 class ChildEngine:
-    """A RunningEngine that is a guarded child of ours."""
+    """A RunningEngine that is a guarded child of ours; `carry` tells it which adapters it took."""
 
     def __init__(self, child: Child, endpoint: Endpoint, home: Path, stop_timeout_s: float) -> None:
         self._child = child
@@ -30,10 +32,29 @@ class ChildEngine:
         self._home = home
         self._stop_timeout_s = stop_timeout_s
         self._asked_to_stop = False
+        self._adapters: Mapping[str, Endpoint] = {}
+        self._refused: Mapping[str, str] = {}
 
     @property
     def endpoint(self) -> Endpoint:
         return self._endpoint
+
+    def adapters(self) -> Mapping[str, Endpoint]:
+        return self._adapters
+
+    def refused(self) -> Mapping[str, str]:
+        return self._refused
+
+    def carry(
+        self, adapters: Mapping[str, Endpoint], refused: Mapping[str, str], base: Endpoint | None = None
+    ) -> Self:
+        """Which adapters the engine serves, and why it does not serve the others, by name.
+
+        `base` is where the base is asked, when that differs from an engine without adapters.
+        """
+        self._adapters, self._refused = adapters, refused
+        self._endpoint = base or self._endpoint
+        return self
 
     def pids(self) -> tuple[int, ...]:
         return self._child.pids()
@@ -50,6 +71,12 @@ class ChildEngine:
     async def stop(self) -> None:
         self._asked_to_stop = True
         await self._child.stop(self._stop_timeout_s)
+        remove_home(self._home)
+
+    async def kill(self) -> None:
+        """End it without its leave, also when the caller is cancelled meanwhile."""
+        self._asked_to_stop = True
+        await _finish(self._child)
         remove_home(self._home)
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import msgspec
@@ -16,6 +16,7 @@ from aiohttp import web
 
 from calm.backends.fake_wire import (
     JsonObject,
+    adapter_number,
     chunk,
     embedding_answer,
     event,
@@ -53,11 +54,19 @@ class Script:
     load_gate: asyncio.Event | None = None
     """`FakeBackend.start` waits for it."""
     refuse: str | None = None
-    """`FakeBackend.start` raises LoadFailed with this text."""
+    """`FakeBackend.start` raises LoadFailed with this text; an adapter is refused with it."""
     refuse_times: int | None = None
     """How many more starts are refused; None: all of them."""
     footprint_bytes: int | None = 100 << 20
     pids: tuple[int, ...] = ()
+
+    def refusal(self) -> str | None:
+        """Why this start is refused, counted off `refuse_times`; None when it is not."""
+        if self.refuse is None or self.refuse_times == 0:
+            return None
+        if self.refuse_times is not None:
+            self.refuse_times -= 1
+        return self.refuse
 
 
 @dataclass(frozen=True)
@@ -87,13 +96,20 @@ class FakeEngineServer:
     """An OpenAI-compatible server inside this process, on `socket` if given, else on a free loopback port.
 
     Serves /health, /v1/models, /v1/chat/completions, /v1/completions and /v1/embeddings. `cancelled` counts
-    the requests whose client left before the answer was complete.
+    the requests whose client left before the answer was complete. A request is answered by the script of the
+    adapter it asks for, by its number in `lora` as llama.cpp does or by its name in `model` as vLLM does.
     """
 
     def __init__(
-        self, script: Script | None = None, *, socket: Path | None = None, model: str = "fake"
+        self,
+        script: Script | None = None,
+        *,
+        socket: Path | None = None,
+        model: str = "fake",
+        adapters: Mapping[str, Script] = MappingProxyType({}),
     ) -> None:
         self.script = script or Script()
+        self.adapters = dict(adapters)
         self._socket = socket
         self._model = model
         self._tally = _Tally()
@@ -188,11 +204,12 @@ class FakeEngineServer:
         return json_reply({"status": "ok"})
 
     async def _models(self, request: web.Request) -> web.Response:
-        return json_reply({"object": "list", "data": [{"id": self._model, "object": "model"}]})
+        names = (self._model, *self.adapters)
+        return json_reply({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
 
     async def _embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await self._note(request)
-        failure = self._failure()
+        failure = self._failure(self._script(body))
         if failure:
             return failure
         return json_reply(embedding_answer(body, self._model))
@@ -200,7 +217,7 @@ class FakeEngineServer:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await self._note(request)
         with self._in_flight(request):
-            return self._failure() or await self._respond(request, body)
+            return self._failure(self._script(body)) or await self._respond(request, body)
 
     async def _respond(self, request: web.Request, body: JsonObject) -> web.StreamResponse:
         respond = self._stream if body.get("stream") else self._whole
@@ -237,17 +254,24 @@ class FakeEngineServer:
             self._open.pop(id(request), None)
             self._notify()
 
-    def _failure(self) -> web.Response | None:
-        status, times = self.script.error_status, self.script.error_times
+    def _script(self, body: JsonObject) -> Script:
+        """The base's script, or that of the adapter the request asks for."""
+        number = adapter_number(body)
+        if number is not None and number < len(self.adapters):
+            return list(self.adapters.values())[number]
+        return self.adapters.get(str(body.get("model")), self.script)
+
+    def _failure(self, script: Script) -> web.Response | None:
+        status, times = script.error_status, script.error_times
         if status is None or times == 0:
             return None
         if times is not None:
-            self.script.error_times = times - 1
+            script.error_times = times - 1
         error = {"message": "scripted failure", "type": "server_error", "code": status}
         return json_reply({"error": error}, status)
 
     async def _tokens(self, request: web.Request, body: JsonObject) -> AsyncIterator[str]:
-        script = self.script
+        script = self._script(body)
         if script.token_gate:
             await script.token_gate.wait()
         await pause(script.ttft_s)
@@ -271,7 +295,8 @@ class FakeEngineServer:
     async def _stream(self, request: web.Request, body: JsonObject) -> web.StreamResponse:
         started = time.monotonic()
         reply = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        if self.script.die_after == 0:
+        script = self._script(body)
+        if script.die_after == 0:
             _cut(request)
         await reply.prepare(request)
         count = 0
@@ -283,14 +308,14 @@ class FakeEngineServer:
         closing = self._closing(body, count, started)
         for index in range(samples(body)):
             await reply.write(
-                event(chunk(body, self._model, index, None, finish_reason(body, len(self.script.answer))))
+                event(chunk(body, self._model, index, None, finish_reason(body, len(script.answer))))
             )
         await reply.write(usage_event(body, self._model, closing) + b"data: [DONE]\n\n")
         await reply.write_eof()
         return reply
 
     def _closing(self, body: JsonObject, count: int, started: float) -> JsonObject:
-        script, produced = self.script, count * samples(body)
+        script, produced = self._script(body), count * samples(body)
         elapsed_ms = (time.monotonic() - started) * 1e3
         return {
             "finish_reason": finish_reason(body, len(script.answer)),

@@ -28,6 +28,14 @@ def samples(body: JsonObject) -> int:
     return value if isinstance(value, int) else 1
 
 
+def adapter_number(body: JsonObject) -> int | None:
+    """The LoRA adapter a request asks llama.cpp for: `"lora": [{"id": 0, "scale": 1.0}]`."""
+    match body.get("lora"):
+        case [{"id": int(number), "scale": float(scale) | int(scale)}, *_] if scale:
+            return number
+    return None
+
+
 def finish_reason(body: JsonObject, available: int) -> str:
     cap = limit(body)
     return "length" if cap is not None and cap < available else "stop"

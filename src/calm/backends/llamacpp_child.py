@@ -3,11 +3,12 @@
 It imports xllamacpp and the standard library, nothing of CALM: a start costs what the load costs. It is run
 with `-I -S`, so the parameter file also says where xllamacpp lies. The file is JSON:
 
-    {"library": DIR, "threads": N, "set": {NAME: VALUE, ...}, "options": {NAME: VALUE, ...}}
+    {"library": DIR, "threads": N, "adapters": [PATH, ...], "set": {NAME: VALUE, ...}, "options": {NAME: VALUE, ...}}
 
 `set` and `options` name attributes of xllamacpp.CommonParams, dotted for nested ones (sampling.temp). The
 former are ours, the latter the operator's: a wrong one ends the child with a line that names it. Enumerations
-are given by their last word, `mean` for LLAMA_POOLING_TYPE_MEAN.
+are given by their last word, `mean` for LLAMA_POOLING_TYPE_MEAN. LoRA adapters are loaded at scale 0, in this
+order: a request that does not name one by its number gets the base.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 # Batches this small cost no prefill speed on CPUs, while cancelling and the other streams wait for one batch.
 CPU_BATCH = 64
 MISTAKE, CANNOT_LOAD = 2, 3
+# llama.cpp logs from a thread of its own, with the reason of a failed load last: it must have its turn first.
+LOG_DRAIN_S = 0.25
 
 
 def main(path: str) -> None:
@@ -33,6 +37,7 @@ def main(path: str) -> None:
     if not _has_gpu(xllamacpp):
         params.n_batch = params.n_ubatch = CPU_BATCH
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = plan["threads"]
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in plan["adapters"]]
     for name, value in {**plan["set"], **plan["options"]}.items():
         _assign(params, name, value)
     _serve(xllamacpp, params)
@@ -42,6 +47,7 @@ def _serve(xllamacpp: Any, params: Any) -> None:
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
+        time.sleep(LOG_DRAIN_S)
         _fail(str(error), CANNOT_LOAD)
     # A server deleted before its loop runs hangs for ever; one request makes sure that it runs.
     server.handle_metrics()

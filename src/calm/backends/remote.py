@@ -1,34 +1,47 @@
 """A server that already runs and is not ours: Ollama, vLLM, llama-swap, a cloud API.
 
 Nothing is started or stopped; `start` only asks whether the server is there and takes our key, so that a
-wrong URL or a missing key is reported as a failed load and not by the first user's request.
+wrong URL or a missing key is reported as a failed load and not by the first user's request. Adapters it does
+not list are loaded into it where it lets us (`served_adapters`).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from calm.backends.upstream import HttpUpstream, Secrets, no_secrets, url_of
+from calm.backends.served_adapters import MODELS_PATH, Found, find_adapters, unload
+from calm.backends.upstream import HttpUpstream, Secrets, is_loopback, no_secrets, url_of
 from calm.errors import EngineLost, LoadFailed
-from calm.records import Endpoint, ModelCard
+from calm.records import AdapterFile, Endpoint, ModelCard
 
 DEFAULT_HEALTH = "/health"
-MODELS_PATH = "/v1/models"
 PROBE_TIMEOUT_S = 15.0
+UNLOAD_TIMEOUT_S = 5.0
 # A server without the probed path is still a server.
 ALIVE_STATUSES = frozenset((404, 405, 501))
 
 
 class RemoteEngine:
-    """A RunningEngine that costs no memory here and cannot be seen to die: its requests tell."""
+    """A RunningEngine that costs no memory here and cannot be seen to die: its requests tell.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    `found` is what it serves of the adapters asked for; those it loaded for us are unloaded at the end.
+    """
+
+    def __init__(self, endpoint: Endpoint, found: Found | None = None, secrets: Secrets = no_secrets) -> None:
+        self._found = found or Found(endpoint)
+        self._secrets = secrets
 
     @property
     def endpoint(self) -> Endpoint:
-        return self._endpoint
+        return self._found.base
+
+    def adapters(self) -> Mapping[str, Endpoint]:
+        return self._found.adapters
+
+    def refused(self) -> Mapping[str, str]:
+        return self._found.refused
 
     def pids(self) -> tuple[int, ...]:
         return ()
@@ -42,7 +55,10 @@ class RemoteEngine:
         raise AssertionError("unreachable")
 
     async def stop(self) -> None:
-        return None
+        names, self._found.loaded = self._found.loaded, []
+        if names:
+            async with HttpUpstream(self._secrets) as upstream:
+                await unload(upstream, self.endpoint, names, UNLOAD_TIMEOUT_S)
 
 
 class RemoteBackend:
@@ -51,22 +67,36 @@ class RemoteBackend:
     def __init__(self, secrets: Secrets = no_secrets) -> None:
         self._secrets = secrets
 
-    async def start(self, card: ModelCard, weights: Path | None, threads: int) -> RemoteEngine:
+    async def start(
+        self, card: ModelCard, weights: Path | None, threads: int, adapters: Sequence[AdapterFile] = ()
+    ) -> RemoteEngine:
         endpoint = endpoint_of(card)
-        path = probe_path(card)
-        timeout_s = min(card.engine.start_timeout_s, PROBE_TIMEOUT_S)
         async with HttpUpstream(self._secrets) as upstream:
-            try:
-                async with asyncio.timeout(timeout_s), upstream.get(endpoint, path) as reply:
-                    status = reply.status
-            except TimeoutError:
-                raise LoadFailed(f"model {card.name}: no answer within {timeout_s:g} s") from None
-            except EngineLost as error:
-                raise LoadFailed(f"model {card.name}: {error.message}", field="engine.url") from None
-        complaint = complaint_about(status, card, url_of(endpoint.base_url, path))
-        if complaint:
-            raise LoadFailed(f"model {card.name}: {complaint}", field="engine.url")
-        return RemoteEngine(endpoint)
+            await probe(upstream, card, endpoint)
+            found = await find_adapters(
+                upstream,
+                endpoint,
+                adapters,
+                same_machine=is_loopback(endpoint.base_url),
+                timeout_s=card.engine.start_timeout_s,
+            )
+        return RemoteEngine(endpoint, found, self._secrets)
+
+
+async def probe(upstream: HttpUpstream, card: ModelCard, endpoint: Endpoint) -> None:
+    """Raises LoadFailed unless the server is there and takes our key."""
+    path = probe_path(card)
+    timeout_s = min(card.engine.start_timeout_s, PROBE_TIMEOUT_S)
+    try:
+        async with asyncio.timeout(timeout_s), upstream.get(endpoint, path) as reply:
+            status = reply.status
+    except TimeoutError:
+        raise LoadFailed(f"model {card.name}: no answer within {timeout_s:g} s") from None
+    except EngineLost as error:
+        raise LoadFailed(f"model {card.name}: {error.message}", field="engine.url") from None
+    complaint = complaint_about(status, card, url_of(endpoint.base_url, path))
+    if complaint:
+        raise LoadFailed(f"model {card.name}: {complaint}", field="engine.url")
 
 
 def endpoint_of(card: ModelCard) -> Endpoint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,16 @@ import psutil
 from calm.bench.client import Answer, Clients, Judge, Totals, offer
 from calm.bench.progress import Board, in_short
 from calm.bench.server import KEEP_ALL, ServerFailed, TrialServer, settings_for, trial_directory
-from calm.bench.trials import Ledger, duration_s, loads, read_ledger, rows_of, sample_of, timeline
+from calm.bench.trials import (
+    Ledger,
+    duration_s,
+    loads,
+    read_ledger,
+    rows_of,
+    sample_of,
+    timeline,
+    with_adapters,
+)
 from calm.errors import CalmError
 from calm.records import ModelCard, Snapshot
 from calm.report.records import Sample, Setup, Trial
@@ -75,7 +84,13 @@ class Terms:
 
     @property
     def local(self) -> tuple[str, ...]:
-        return tuple(name for name, card in self.cards.items() if not card.remote)
+        """Models with an engine of their own on this machine."""
+        return tuple(name for name, card in self.cards.items() if not card.remote and card.host == name)
+
+    @property
+    def hosts(self) -> Mapping[str, str]:
+        """Whose engine serves each model."""
+        return {name: card.host for name, card in self.cards.items()}
 
 
 # --- what to run ------------------------------------------------------------------------------------
@@ -166,7 +181,7 @@ async def run_trial(
         async with TrialServer(root, terms.settings(job)) as server:
             seen = await server.while_alive(observe(server.url, terms, job, load, judge, on_end))
         ledger = read_ledger(server.database)
-    return Finished(trial_of(job, load.counted, seen, ledger, terms.remote, terms.budget_bytes), seen.answers)
+    return Finished(trial_of(job, load.counted, seen, ledger, terms), seen.answers)
 
 
 async def observe(
@@ -215,20 +230,19 @@ def spent_j(before: Totals, after: Totals) -> float | None:
     return None if after.joules is None else after.joules - (before.joules or 0.0)
 
 
-def trial_of(
-    job: Job, workload: Workload, seen: Seen, ledger: Ledger, remote: Collection[str], budget_bytes: int
-) -> Trial:
+def trial_of(job: Job, workload: Workload, seen: Seen, ledger: Ledger, terms: Terms) -> Trial:
+    """An adapter's lane is its base's: it moves with it, and their load is one."""
     moves = timeline(ledger.moves, seen.origin_wall_s, seen.end_wall_s)
     return Trial(
         setup=job.setup,
         seed=job.seed,
         workload=workload.name,
         engine="real",
-        rows=rows_of(workload, seen.answers, ledger, remote),
-        moves=moves,
+        rows=rows_of(workload, seen.answers, ledger, terms.remote, terms.hosts),
+        moves=with_adapters(moves, terms.hosts),
         samples=seen.samples,
         duration_s=duration_s(workload, seen.answers),
-        budget_bytes=budget_bytes,
+        budget_bytes=terms.budget_bytes,
         peak_bytes=max((sample.used_bytes for sample in seen.samples), default=0),
         loads=loads(moves),
         energy_j=seen.energy_j,

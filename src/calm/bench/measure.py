@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from calm import settings as configuration
 from calm.backends.command import CommandBackend
 from calm.backends.llamacpp import LlamaCppBackend
+from calm.backends.onnx import OnnxBackend
 from calm.backends.remote import RemoteBackend
 from calm.backends.upstream import HttpUpstream
 from calm.bench.measure_answers import AnswerBook, Asking, ask_model, with_answers
@@ -33,7 +34,8 @@ from calm.bench.measure_engine import Laboratory, Watch, time_model, together
 from calm.bench.measure_figures import figures
 from calm.bench.measure_plan import Effort, answers_s, company_plan, company_s, lanes, timing_s
 from calm.errors import BadInput, CalmError
-from calm.execute.sizing import size_fleet
+from calm.execute.hosting import adapter_bytes
+from calm.execute.sizing import estimate_bytes, size_fleet
 from calm.meters.choose import MeterSettings, probe
 from calm.meters.processes import PROC
 from calm.meters.tdp import processor_name
@@ -107,7 +109,7 @@ class Survey:
     async def _alone(self, card: ModelCard) -> None:
         try:
             seen = await time_model(self._lab, card)
-            self._models[card.name] = self._checked(card.name, figures(card, seen))
+            self._models[card.name] = self._checked(card.name, as_member(card, figures(card, seen)))
         except CalmError as error:
             self.problems[card.name] = error.message
         except ValueError as error:
@@ -173,9 +175,17 @@ class Survey:
 
     def _lanes(self, cards: list[ModelCard]) -> int:
         names = [card.name for card in cards if not card.remote]
-        needs = [self._models[name].memory_bytes for name in names]
+        needs = [self._needs_bytes(self._cards[name]) for name in names]
         available = Resources().sample().memory_available_bytes
-        return lanes([self._lab.threads[name] for name in names], needs, self._lab.cores, available)
+        threads = [self._lab.threads[self._cards[name].host] for name in names]
+        return lanes(threads, needs, self._lab.cores, available)
+
+    def _needs_bytes(self, card: ModelCard) -> int:
+        """Memory of the engine that serves a model; an adapter's own figure is what it adds to its base."""
+        own, base = self._models[card.name].memory_bytes, self._models.get(card.host)
+        if card.adapter_of is None:
+            return own
+        return own + (base.memory_bytes if base else estimate_bytes(self._lab.bases[card.host]))
 
     def _save(self) -> None:
         self._keep(self._profile())
@@ -206,6 +216,15 @@ class Survey:
         return notes
 
 
+def as_member(card: ModelCard, found: ModelProfile) -> ModelProfile:
+    """The entry of an adapter: what it adds to its base, whose engine was measured with it."""
+    if card.adapter_of is None:
+        return found
+    return replace(
+        found, memory_bytes=max(1, adapter_bytes(card)), load_s=0.0, unload_s=0.0, load_jitter=0.0, load_j=0.0
+    )
+
+
 # --- the machine ------------------------------------------------------------------------------------
 
 
@@ -222,6 +241,7 @@ async def laboratory(
             yield Laboratory(
                 backends={
                     "llamacpp": LlamaCppBackend(run_dir),
+                    "onnx": OnnxBackend(run_dir),
                     "command": CommandBackend(run_dir),
                     "openai": RemoteBackend(configuration.secret),
                 },
@@ -232,6 +252,7 @@ async def laboratory(
                 cores=cores,
                 effort=effort,
                 watch=watch,
+                bases={name: card for name, card in cards.items() if card.host == name},
             )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from calm.bench.fitting import length_of, rounded
-from calm.bench.measure_engine import Laboratory, running, together
+from calm.bench.measure_engine import Laboratory, endpoint_of, running, together
 from calm.bench.measure_plan import query_s
 from calm.bench.measure_probe import Answered, send
 from calm.errors import BadInput, UpstreamRejected
@@ -105,13 +105,14 @@ async def ask_model(lab: Laboratory, card: ModelCard, asking: Asking, book: Answ
     waiting = iter(book.todo(card.name, asking.queries))
     unanswered = 0
     async with running(lab, card) as engine:
+        endpoint = endpoint_of(engine, card)
 
         async def work() -> None:
             nonlocal unanswered
             for query in waiting:
                 row = None
                 try:
-                    said = await send(lab.upstream, engine.endpoint, card, query.prompt, asking.max_tokens)
+                    said = await send(lab.upstream, endpoint, card, query.prompt, asking.max_tokens)
                     row = recorded(query, card.name, said, asking)
                 except UpstreamRejected:
                     pass

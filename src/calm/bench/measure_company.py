@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import count
 
 from calm.bench.fitting import slowdown
-from calm.bench.measure_engine import Laboratory, running
+from calm.bench.measure_engine import Laboratory, endpoint_of, running
 from calm.bench.measure_plan import request_s
 from calm.bench.measure_probe import send
 from calm.bench.measure_texts import words
@@ -49,7 +49,7 @@ async def one(lab: Laboratory, member: Member) -> float:
     card, engine = member
     prompt = words(lab.effort.contention_words, next(_numbers))
     answer = await send(
-        lab.upstream, engine.endpoint, card, prompt, lab.effort.contention_tokens, endless=True
+        lab.upstream, endpoint_of(engine, card), card, prompt, lab.effort.contention_tokens, endless=True
     )
     return answer.total_s
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,7 +21,7 @@ from calm.errors import LoadFailed
 from calm.execute.engine_room import read_footprint
 from calm.meters.processes import choose_source
 from calm.ports import EngineBackend, Meter, RunningEngine, Upstream
-from calm.records import ModelCard
+from calm.records import AdapterFile, Endpoint, ModelCard
 
 T = TypeVar("T")
 
@@ -57,10 +57,12 @@ class Laboratory:
     meter: Meter
     weights: Callable[[ModelCard], Path | None]
     threads: Mapping[str, int]
-    """By model, as the executor would give them."""
+    """By model with an engine of its own, as the executor would give them."""
     cores: int
     effort: Effort
     watch: Watch
+    bases: Mapping[str, ModelCard] = field(default_factory=dict)
+    """Cards of the models on whose engines adapters are measured."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,24 @@ class Timings:
 
 
 async def started(lab: Laboratory, card: ModelCard) -> RunningEngine:
-    """Raises LoadFailed."""
+    """The engine that serves a model: for an adapter its base's, with this adapter alone. Raises LoadFailed."""
     backend = lab.backends.get(card.engine.kind)
     if backend is None:
         raise LoadFailed(f"{card.name}: no backend runs engines of kind {card.engine.kind}")
-    return await backend.start(card, lab.weights(card), lab.threads[card.name])
+    host = card if card.adapter_of is None else lab.bases[card.adapter_of]
+    files = () if host is card else (AdapterFile(card=card, weights=lab.weights(card)),)
+    return await backend.start(host, lab.weights(host), lab.threads[host.name], files)
+
+
+def endpoint_of(engine: RunningEngine, card: ModelCard) -> Endpoint:
+    """Where a model on an engine is asked. Raises LoadFailed for an adapter that the engine could not take."""
+    if card.adapter_of is None:
+        return engine.endpoint
+    found = engine.adapters().get(card.name)
+    if found is None:
+        reason = engine.refused().get(card.name, "its engine did not take it")
+        raise LoadFailed(f"{card.name} cannot run on {card.adapter_of}: {reason}")
+    return found
 
 
 @asynccontextmanager
@@ -108,7 +123,7 @@ async def running(lab: Laboratory, card: ModelCard) -> AsyncIterator[RunningEngi
     """An engine that has answered once; stopped afterwards, whatever happens."""
     engine = await started(lab, card)
     try:
-        await send(lab.upstream, engine.endpoint, card, "Hello", 2)
+        await send(lab.upstream, endpoint_of(engine, card), card, "Hello", 2)
         lab.watch.advance(load_s(card))
         yield engine
     finally:
@@ -122,7 +137,7 @@ async def time_model(lab: Laboratory, card: ModelCard) -> Timings:
     async with running(lab, card) as engine:
         begun_s, begun_j = time.perf_counter(), joules(lab, card, engine)
         busy = Busy(engine.pids(), lab.cores)
-        tiny = [await send(lab.upstream, engine.endpoint, card, word, 1) for word in TINY]
+        tiny = [await send(lab.upstream, endpoint_of(engine, card), card, word, 1) for word in TINY]
         lab.watch.stage(card.name, "prompts")
         prompts = await read_prompts(lab, card, engine)
         lab.watch.stage(card.name, "decode")
@@ -209,7 +224,7 @@ async def read_prompts(lab: Laboratory, card: ModelCard, engine: RunningEngine) 
     """Unrelated prompts one after the other, one token of answer each."""
     found = []
     for length, number in prompt_plan(card, lab.effort):
-        found.append(await send(lab.upstream, engine.endpoint, card, words(length, number), 1))
+        found.append(await send(lab.upstream, endpoint_of(engine, card), card, words(length, number), 1))
         lab.watch.advance(request_s(card, length, 1))
     return found
 
@@ -228,9 +243,9 @@ async def decode_together(
     lab: Laboratory, card: ModelCard, engine: RunningEngine, numbers: Sequence[int]
 ) -> float | None:
     """Tokens per second of these stories together; None when they were never told at the same time."""
-    tokens = lab.effort.decode_tokens
+    tokens, endpoint = lab.effort.decode_tokens, endpoint_of(engine, card)
     answers = await together(
-        [send(lab.upstream, engine.endpoint, card, story(n), tokens, endless=True) for n in numbers]
+        [send(lab.upstream, endpoint, card, story(n), tokens, endless=True) for n in numbers]
     )
     return aggregate_rate([answer.tokens_s for answer in answers])
 
@@ -246,9 +261,9 @@ async def together(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
 
 
 async def put_questions(lab: Laboratory, card: ModelCard, engine: RunningEngine) -> list[Answered]:
-    found = []
+    found, endpoint = [], endpoint_of(engine, card)
     for question in QUESTIONS[: lab.effort.questions]:
-        found.append(await send(lab.upstream, engine.endpoint, card, question, lab.effort.max_tokens))
+        found.append(await send(lab.upstream, endpoint, card, question, lab.effort.max_tokens))
         lab.watch.advance(request_s(card, 30, lab.effort.max_tokens / 2))
     return found
 

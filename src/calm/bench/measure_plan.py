@@ -80,7 +80,7 @@ def company_plan(
     cards: Mapping[str, ModelCard], threads: Mapping[str, int], cores: int, effort: Effort
 ) -> tuple[tuple[str, ...], ...]:
     """Which local engines work at the same time: pairs, then threes, ... as many as their threads allow."""
-    local = [name for name, card in cards.items() if not card.remote]
+    local = [name for name, card in cards.items() if not card.remote and card.host == name]
     found: list[tuple[str, ...]] = []
     for count in range(2, len(local) + 1):
         fitting = (group for group in combinations(local, count) if sum(threads[n] for n in group) <= cores)

@@ -57,16 +57,30 @@ def _move(wall_s: float, model: str, detail: str) -> Move:
 
 
 def rows_of(
-    workload: Workload, answers: Sequence[Answer], ledger: Ledger, remote: Collection[str]
+    workload: Workload,
+    answers: Sequence[Answer],
+    ledger: Ledger,
+    remote: Collection[str],
+    hosts: Mapping[str, str] = {},
 ) -> tuple[Row, ...]:
-    """One row for each query, in the workload's order. `remote` models are in nobody's memory: always a hit."""
+    """One row for each query, in the workload's order. `remote` models are in nobody's memory: always a hit.
+
+    `hosts`: whose engine serves each model, where that is another's.
+    """
     return tuple(
-        row_of(query, arrived_s, answer, ledger, remote)
+        row_of(query, arrived_s, answer, ledger, remote, hosts)
         for query, arrived_s, answer in zip(workload.queries, workload.arrivals_s, answers, strict=True)
     )
 
 
-def row_of(query: Query, arrived_s: float, answer: Answer, ledger: Ledger, remote: Collection[str]) -> Row:
+def row_of(
+    query: Query,
+    arrived_s: float,
+    answer: Answer,
+    ledger: Ledger,
+    remote: Collection[str],
+    hosts: Mapping[str, str] = {},
+) -> Row:
     stored = ledger.requests.get(answer.request_id or "")
     seen = stored.outcome if stored else None
     return Row(
@@ -79,7 +93,7 @@ def row_of(query: Query, arrived_s: float, answer: Answer, ledger: Ledger, remot
         ttft_s=answer.ttft_s,
         queue_s=seen.queue_s if seen else 0.0,
         load_s=seen.load_s if seen else 0.0,
-        hit=hit(stored, ledger.moves, remote) if stored else None,
+        hit=hit(stored, ledger.moves, remote, hosts) if stored else None,
         prompt_tokens=seen.prompt_tokens if seen else None,
         completion_tokens=seen.completion_tokens if seen else None,
         energy_j=seen.energy.joules if seen and seen.energy else None,
@@ -94,12 +108,18 @@ def _model(stored: StoredRequest | None, seen: Outcome | None) -> str | None:
     return stored.decision.ranked[0].model if stored and stored.decision.ranked else None
 
 
-def hit(stored: StoredRequest, moves: Iterable[Move], remote: Collection[str]) -> bool | None:
+def hit(
+    stored: StoredRequest,
+    moves: Iterable[Move],
+    remote: Collection[str],
+    hosts: Mapping[str, str] = {},
+) -> bool | None:
     """Whether the first choice could take requests when it was chosen; None where nobody was chosen."""
     if not stored.decision.ranked:
         return None
     chosen = stored.decision.ranked[0].model
-    return chosen in remote or residency_at(moves, chosen, stored.decision.wall_s) in IN_MEMORY
+    engine = hosts.get(chosen, chosen)
+    return chosen in remote or residency_at(moves, engine, stored.decision.wall_s) in IN_MEMORY
 
 
 def residency_at(moves: Iterable[Move], model: str, wall_s: float) -> Residency:
@@ -130,6 +150,19 @@ def timeline(moves: Iterable[Move], origin_wall_s: float, end_wall_s: float) -> 
             later.append(msgspec.structs.replace(move, at_s=move.at_s - origin_wall_s))
     warm = (Move(at_s=0.0, model=m, old="cold", new=state) for m, state in start.items() if state != "cold")
     return (*warm, *later)
+
+
+def with_adapters(moves: Iterable[Move], hosts: Mapping[str, str]) -> tuple[Move, ...]:
+    """Each move of a base followed by the same of its adapters, which are in memory when it is."""
+    crews: dict[str, list[str]] = {}
+    for model, host in hosts.items():
+        if model != host:
+            crews.setdefault(host, []).append(model)
+    return tuple(
+        move if model == move.model else msgspec.structs.replace(move, model=model)
+        for move in moves
+        for model in (move.model, *crews.get(move.model, ()))
+    )
 
 
 def loads(moves: Iterable[Move]) -> int:

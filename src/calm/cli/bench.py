@@ -138,9 +138,9 @@ def check_weights(setups: Sequence[Setup], cards: Mapping[str, ModelCard], direc
 def check_budget(budget_bytes: int, setups: Sequence[Setup], cards: Mapping[str, ModelCard]) -> None:
     """Raises BadInput (field `budget`) when the largest model, or with cache `none` all of them, cannot fit."""
     from calm.bench.server import KEEP_ALL
-    from calm.execute.sizing import estimate_bytes
+    from calm.execute.sizing import size_fleet
 
-    needs = {name: estimate_bytes(card) for name, card in cards.items()}
+    needs = size_fleet(cards, 1).bytes
     largest = max(needs, key=needs.__getitem__)
     if needs[largest] > budget_bytes:
         raise BadInput(

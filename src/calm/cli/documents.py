@@ -132,6 +132,8 @@ class Page(Lenient, frozen=True, kw_only=True):
 
 class StateView(Lenient, frozen=True, kw_only=True):
     residency: str
+    model: str | None = None
+    """Whose engine this is the state of."""
     pinned: bool = False
     in_flight: int = 0
     waiting: int = 0
@@ -144,6 +146,7 @@ class StateView(Lenient, frozen=True, kw_only=True):
 
 class ModelView(Lenient, frozen=True, kw_only=True):
     name: str
+    adapter_of: str | None = None
     context: int | None = None
     capabilities: tuple[str, ...] = ()
     state: StateView | None = None

@@ -65,14 +65,26 @@ def explain(request_id: str | None, as_json: bool, url: str, key_env: str) -> No
 
     from calm.cli.documents import RequestView
 
-    raw = find(connect(url, key_env), request_id)
+    client = connect(url, key_env)
+    raw = find(client, request_id)
     if as_json:
         emit_json(msgspec.Raw(raw))
         return
     try:
-        show(msgspec.json.decode(raw, type=RequestView))
+        show(msgspec.json.decode(raw, type=RequestView), bases(client))
     except msgspec.ValidationError as error:
         raise CalmError(f"this server stores decisions in another form ({error}); try --json") from error
+
+
+def bases(client: Client) -> Mapping[str, str]:
+    """The base of every adapter, for a reader who does not know the fleet; empty where the server will not say."""
+    from calm.cli.documents import FleetView
+
+    try:
+        models = client.get("/calm/v1/fleet", FleetView).models
+    except CalmError:
+        return {}
+    return {model.name: model.adapter_of for model in models if model.adapter_of}
 
 
 def find(client: Client, request_id: str | None) -> bytes:
@@ -110,19 +122,20 @@ def latest(client: Client) -> bytes:
 # --- showing --------------------------------------------------------------------------------------
 
 
-def show(request: RequestView) -> None:
+def show(request: RequestView, bases: Mapping[str, str] = {}) -> None:
+    """`bases`: of the models that are adapters."""
     decision, outcome = request.decision, request.outcome
-    for name, value in facts(request):
+    for name, value in facts(request, bases):
         click.echo(f"{click.style(f'{name:<9}', bold=True)}{printable(value)}")
     if decision is not None:
-        show_ranked(decision)
+        show_ranked(decision, bases)
         show_refused(decision)
     if decision is not None and outcome is not None:
         show_outcome(decision, outcome)
     show_feedback(request)
 
 
-def facts(request: RequestView) -> list[tuple[str, str]]:
+def facts(request: RequestView, bases: Mapping[str, str] = {}) -> list[tuple[str, str]]:
     """The head: label and value."""
     from calm.cli.why import why
 
@@ -131,13 +144,18 @@ def facts(request: RequestView) -> list[tuple[str, str]]:
     if request.query:
         rows.append(("query", shortened(request.query)))
     if outcome is not None:
-        rows.append(("model", outcome.model or "none"))
+        rows.append(("model", placed(outcome.model, bases) if outcome.model else "none"))
         rows.append(("status", status(outcome)))
     if decision is not None:
         rows.append(("why", "pinned by the caller" if request.pinned else why(decision, outcome)))
         rows.append(("policy", policy_line(decision)))
         rows.append(("decided", decided(decision)))
     return rows
+
+
+def placed(model: str, bases: Mapping[str, str]) -> str:
+    """`finance (adapter on smollm2-135m)`, for a model with an engine of its own just its name."""
+    return f"{model} (adapter on {bases[model]})" if model in bases else model
 
 
 def shortened(text: str, most: int = 100) -> str:
@@ -170,11 +188,11 @@ def decided(decision: DecisionView) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S} {took}"
 
 
-def show_ranked(decision: DecisionView) -> None:
+def show_ranked(decision: DecisionView, bases: Mapping[str, str] = {}) -> None:
     heading("Candidates (lower scores are better)")
     rows: list[Sequence[str]] = []
     for place, candidate in enumerate(decision.ranked, start=1):
-        lead = (str(place), candidate.model, number(candidate.score))
+        lead = (str(place), placed(candidate.model, bases), number(candidate.score))
         for term in candidate.terms:
             rows.append((*lead, *term_cells(term)))
             lead = ("", "", "")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -13,6 +13,8 @@ from calm.cli.output import UNKNOWN, note, print_table, printable, seconds, size
 if TYPE_CHECKING:
     from calm.cli.documents import FilesView, FleetView, ModelView
     from calm.records import ModelCard
+
+T = TypeVar("T")
 
 NOT_SHOWN = frozenset({"model", "last_used_s", "retry_at_s"})
 """The name again, and instants of the server's own clock."""
@@ -40,6 +42,7 @@ def file_entry(card: ModelCard, directory: Path, cache: Path) -> Mapping[str, ob
     path = cached_path(card.source, cache, directory) if card.source else None
     return {
         "name": card.name,
+        "adapter_of": card.adapter_of,
         "engine": card.engine.kind,
         "placement": card.placement,
         "context": card.context,
@@ -54,15 +57,20 @@ def print_files(view: FilesView, *, asked: bool) -> None:
     """`asked`: the files were what the user wanted, and not what was left without a server."""
     note(f"from the cards in {view.fleet}" + ("" if asked else "; no server answers"))
     headers = ("model", "engine", "placement", "context", "capabilities", "weights", "size")
-    print_table(headers, [file_cells(entry) for entry in view.models], right=(3, 6))
+    entries = bases_first(view.models, lambda entry: (str(entry["name"]), text_or_none(entry["adapter_of"])))
+    print_table(headers, [file_cells(entry) for entry in entries], right=(3, 6))
+    tell_adapters(any(entry["adapter_of"] for entry in entries))
     for problem in view.problems:
         warn(problem)
 
 
 def file_cells(entry: Mapping[str, object]) -> tuple[str, ...]:
     capabilities, length = entry["capabilities"], entry["bytes"]
+    base = text_or_none(entry["adapter_of"])
     return (
-        *(str(entry[field]) for field in ("name", "engine", "placement", "context")),
+        label(str(entry["name"]), base),
+        on(base) if base else str(entry["engine"]),
+        *(str(entry[field]) for field in ("placement", "context")),
         ", ".join(map(str, capabilities)) if isinstance(capabilities, tuple) else UNKNOWN,
         str(entry["weights"]),
         size(length) if isinstance(length, int) else UNKNOWN,
@@ -72,11 +80,16 @@ def file_cells(entry: Mapping[str, object]) -> tuple[str, ...]:
 def print_server(view: FleetView, url: str) -> None:
     note(f"from the server at {url}")
     headers = ("model", "state", "memory", "in flight", "waiting", "threads", "context", "capabilities")
-    print_table(headers, [server_cells(model) for model in view.models], right=range(2, 7))
+    models = bases_first(view.models, lambda model: (model.name, model.adapter_of))
+    print_table(headers, [server_cells(model) for model in models], right=range(2, 7))
+    tell_adapters(any(model.adapter_of for model in models))
     click.echo(
         f"memory {size(view.used_bytes)} of {size(view.budget_bytes)}, "
         f"{view.in_flight} in flight, {view.queue_length} waiting"
     )
+    for model in models:
+        if failed_alone(model) and model.state is not None:
+            warn(f"{model.name} cannot run {on(model.adapter_of)}: {model.state.reason or 'it was refused'}")
     for bad in view.refused:
         warn(f"{bad.file}: {f'{bad.field}: ' if bad.field else ''}{bad.reason}")
 
@@ -84,10 +97,14 @@ def print_server(view: FleetView, url: str) -> None:
 def server_cells(model: ModelView) -> tuple[str, ...]:
     state = model.state
     last = (str(model.context or UNKNOWN), ", ".join(model.capabilities))
+    name = label(model.name, model.adapter_of)
     if state is None:
-        return model.name, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, *last
+        return name, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, *last
+    if model.adapter_of is not None:
+        stands = "failed" if failed_alone(model) else on(model.adapter_of)
+        return name, stands, "", "", "", "", *last
     return (
-        model.name,
+        name,
         state.residency + (", pinned" if state.pinned else ""),
         memory(model),
         f"{state.in_flight}/{state.slots}",
@@ -95,6 +112,42 @@ def server_cells(model: ModelView) -> tuple[str, ...]:
         str(state.threads or UNKNOWN),
         *last,
     )
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def bases_first(entries: Sequence[T], names: Callable[[T], tuple[str, str | None]]) -> list[T]:
+    """Each base followed by its adapters, else in the order given; `names`: an entry's name and its base's."""
+    found = [(*names(entry), entry) for entry in entries]
+    places = {name: place for place, (name, _, _) in enumerate(found)}
+    found.sort(key=lambda one: (places.get(one[1] or one[0], len(places)), one[1] is not None))
+    return [entry for _, _, entry in found]
+
+
+def label(name: str, base: str | None) -> str:
+    return f"  {name}" if base else name
+
+
+def on(base: str | None) -> str:
+    return f"on {base}"
+
+
+def text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def failed_alone(model: ModelView) -> bool:
+    """An adapter that its base's engine could not take."""
+    state = model.state
+    if model.adapter_of is None or state is None:
+        return False
+    return state.residency == "failed" and state.model == model.name
+
+
+def tell_adapters(any_there: bool) -> None:
+    if any_there:
+        note("indented: adapters, in memory with the base above them and served by its engine")
 
 
 def memory(model: ModelView) -> str:
@@ -111,7 +164,8 @@ def standing(model: ModelView) -> str:
     state = model.state
     if state is None:
         return "no state known"
-    parts = [state.residency, "pinned" if state.pinned else "", state.reason or ""]
+    where = on(model.adapter_of) if model.adapter_of and not failed_alone(model) else ""
+    parts = [where, state.residency, "pinned" if state.pinned else "", state.reason or ""]
     if state.residency == "ready":
         parts += [size(state.footprint_bytes), f"loaded in {seconds(state.load_s)}" if state.load_s else ""]
     return ", ".join(filter(None, parts))
@@ -123,10 +177,21 @@ def standing(model: ModelView) -> str:
 def print_card(document: Mapping[str, object], *, from_server: bool) -> None:
     """The card field by field, and before it, from a server, the model's state."""
     note("from the server" if from_server else "from its card; no server answers or --fleet was given")
+    note_family(document)
     found = list(rows(document))
     width = max((len(name) for name, _ in found), default=0) + 2
     for name, value in found:
         click.echo(f"{click.style(f'{name:<{width}}', bold=True)}{printable(value)}")
+
+
+def note_family(document: Mapping[str, object]) -> None:
+    """Whose adapter it is, or which adapters it carries."""
+    card, adapters = document.get("card"), document.get("adapters")
+    base = text_or_none(card.get("adapter_of")) if isinstance(card, Mapping) else None
+    if base is not None:
+        note(f"an adapter {on(base)}: engine, context, chat template, memory and state are those of {base}")
+    elif isinstance(adapters, list | tuple) and adapters:
+        note(f"its engine also serves its adapters: {', '.join(map(str, adapters))}")
 
 
 def rows(document: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -99,7 +99,13 @@ def card_document(directory: Path, name: str) -> dict[str, object]:
     from calm.gateway.admin_api import public_card
 
     card: object = msgspec.to_builtins(public_card(card_named(directory, name)))
-    return {"name": name, "card": card}
+    return {"name": name, "adapters": adapters_of(directory, name), "card": card}
+
+
+def adapters_of(directory: Path, name: str) -> list[str]:
+    from calm.registry import load_fleet
+
+    return [card.name for card in load_fleet(directory).fleet.values() if card.adapter_of == name]
 
 
 def card_named(directory: Path, name: str) -> ModelCard:
@@ -143,8 +149,24 @@ def add(file: str, replace: bool, fleet: str | None, as_json: bool) -> None:
         emit_json({"name": card.name, "file": str(directory / f"{card.name}.toml")})
         return
     click.echo(f"added {card.name} ({directory / f'{card.name}.toml'})")
+    warn_of_base(directory, card)
     if card.source is not None:
         note(f"its weights are fetched by the server, or now: calm models pull {card.name}")
+
+
+def warn_of_base(directory: Path, card: ModelCard) -> None:
+    """An adapter that has no base to run on yet is a good card that serves nobody."""
+    from calm.cli.output import warn
+    from calm.registry import load_fleet
+
+    if card.adapter_of is None:
+        return
+    for problem in load_fleet(directory).problems:
+        if Path(problem.file).stem == card.name:
+            warn(
+                f"{card.name} does not serve yet: {problem.reason}"
+                + (f" ({problem.hint})" if problem.hint else "")
+            )
 
 
 @models.command()
@@ -166,23 +188,26 @@ def remove(name: str, weights: bool, fleet: str | None, as_json: bool) -> None:
 
     directory = fleet_directory(fleet)
     before = load_fleet(directory).fleet if directory.is_dir() else {}
+    adapters = [card.name for card in before.values() if card.adapter_of == name]
     file = remove_card(directory, name)
     freed = forget_weights(before.get(name), [c for n, c in before.items() if n != name]) if weights else 0
     if as_json:
         emit_json({"name": name, "file": str(file), "freed_bytes": freed})
     else:
         click.echo(f"removed {name} ({file})" + (f", {size(freed)} freed" if freed else ""))
+        if adapters:
+            note(f"its adapters serve no more, for they ran on its engine: {', '.join(adapters)}")
 
 
 def forget_weights(card: ModelCard | None, others: Sequence[ModelCard]) -> int:
-    """Bytes freed; 0 where another card of this fleet has the same content."""
+    """Bytes freed; files that other cards of this fleet use are kept."""
     from calm.settings import cache_dir
-    from calm.sources.fetch import remove_cached
+    from calm.sources.fetch import digests, remove_cached
 
     if card is None or card.source is None:
         return 0
-    shared = any(o.source and o.source.sha256.lower() == card.source.sha256.lower() for o in others)
-    return 0 if shared else remove_cached(card.source, cache_dir())
+    keep = frozenset().union(*(digests(other.source) for other in others if other.source is not None))
+    return remove_cached(card.source, cache_dir(), keep=keep)
 
 
 @models.command()
@@ -280,7 +305,7 @@ def load(name: str, as_json: bool, url: str, key_env: str) -> None:
 @client_options
 def unload(name: str, as_json: bool, url: str, key_env: str) -> None:
     """Unload a model: let its running answers finish, then give its memory back. The next request that wants
-    it loads it again.
+    it loads it again. A base takes its adapters with it; an adapter alone cannot be unloaded.
 
     \b
     Example:
@@ -294,7 +319,8 @@ def unload(name: str, as_json: bool, url: str, key_env: str) -> None:
 @json_option
 @client_options
 def pin(name: str, as_json: bool, url: str, key_env: str) -> None:
-    """Keep a model in memory: load it if need be, and never evict it until it is unpinned.
+    """Keep a model in memory: load it if need be, and never evict it until it is unpinned. To pin an adapter
+    is to pin its base.
 
     \b
     Example:

@@ -29,7 +29,7 @@ EXTRA = "calm specialise needs PyTorch: pip install 'calm-orchestrator[train]' (
 )
 @click.option(
     "--data", "data_files", metavar="FILE", multiple=True, required=True,
-    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Rows to learn (JSON lines, .gz too); give it several times for more files.",
 )  # fmt: skip
 @click.option("--name", metavar="NAME", required=True, help="Name of the specialist in the fleet.")

@@ -25,7 +25,9 @@ SILENT = frozenset({"vllm"})
 Run = Callable[[Sequence[str]], str]
 
 
-def check_engines(cards: Sequence[ModelCard]) -> Iterator[Check]:
+def check_engines(fleet: Sequence[ModelCard]) -> Iterator[Check]:
+    """An adapter has no engine of its own: its base's is looked at once."""
+    cards = [card for card in fleet if card.adapter_of is None]
     yield from check_built_in(cards)
     yield from check_programs()
     yield from check_commands(cards)

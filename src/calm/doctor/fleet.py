@@ -6,24 +6,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calm.doctor.check import Check, failed, fine, megabytes, poor
-from calm.execute.sizing import estimate_bytes
+from calm.execute.hosting import crews
+from calm.execute.sizing import host_bytes
 from calm.registry import CardProblem, FleetLoad
 
 
 def check_fleet(directory: Path, load: FleetLoad, budget: int | None) -> Iterator[Check]:
     if load.fleet:
-        names = ", ".join(load.fleet)
-        yield fine("fleet", f"{len(load.fleet)} good in {directory}: {names}")
+        yield fine("fleet", f"{len(load.fleet)} good in {directory}: {named(load)}")
     else:
         yield failed("fleet", f"no good card in {directory}", "add one: calm models add FILE")
     yield from map(bad_card, load.problems)
-    for card in load.fleet.values():
-        needed = estimate_bytes(card)
+    for host, crew in crews(load.fleet).items():
+        needed = host_bytes(load.fleet[host], crew)
         if budget is not None and needed > budget:
-            found = (
-                f"needs about {megabytes(needed)}, the budget is {megabytes(budget)}: it can never be loaded"
-            )
-            yield poor(f"model {card.name}", found, "raise memory.budget, or take a smaller quantisation")
+            adapters = f" with its {len(crew)} adapters" if crew else ""
+            found = f"needs about {megabytes(needed)}{adapters}, the budget is {megabytes(budget)}"
+            fix = "raise memory.budget, or take a smaller quantisation"
+            yield poor(f"model {host}", f"{found}: it can never be loaded", fix)
+
+
+def named(load: FleetLoad) -> str:
+    """`gemma-3-270m, smollm2-135m (adapters: finance, medical)`."""
+    return ", ".join(
+        host + (f" (adapters: {', '.join(adapter.name for adapter in crew)})" if crew else "")
+        for host, crew in crews(load.fleet).items()
+    )
 
 
 def bad_card(problem: CardProblem) -> Check:

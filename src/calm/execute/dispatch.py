@@ -57,7 +57,7 @@ class Leases(Protocol):
     def engine(self, model: str) -> RunningEngine | None: ...
 
     def load_of(self, model: str) -> int:
-        """Leases held on a model now."""
+        """Leases held now on the engine that serves a model."""
         ...
 
     async def gone(self, model: str, engine: RunningEngine) -> bool:
@@ -187,6 +187,7 @@ class Serving:
             await self._await_first_event(self._reply, model)
 
     async def _take_lease(self, model: str) -> None:
+        """Joules are the engine's: what it serves at the same time, base and adapters, shares them."""
         executor, estimate = self._shared.executor, self.decision.estimates.get(model)
         expected_s = estimate.prefill_s.mean + estimate.decode_s.mean if estimate else 1.0
         lease = await executor.acquire(
@@ -202,7 +203,8 @@ class Serving:
         self._load_s += lease.load_s
         self._concurrency = max(1, executor.load_of(model))
         engine = executor.engine(model)
-        self._shared.ledger.begin(self.request_id, model, engine.pids() if engine else ())
+        host = self._cards[model].host
+        self._shared.ledger.begin(self.request_id, host, engine.pids() if engine else ())
 
     async def _refuse_bad_status(self, reply: UpstreamReply, model: str) -> None:
         if reply.status < 400:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from calm.errors import CalmError
 from calm.errors import LoadFailed as LoadFailedError
 from calm.execute.events import Died, Event, Loaded, LoadFailed, Sized, Unloaded
+from calm.execute.hosting import Crew, adapter_bytes
 from calm.execute.sizing import bytes_for_weights
 from calm.ports import Clock, EngineBackend, RunningEngine
-from calm.records import ModelCard
+from calm.records import AdapterFile, Endpoint, ModelCard
 
 log = logging.getLogger("calm.execute")
 Weights = Callable[[ModelCard], Awaitable[Path | None]]
@@ -27,13 +28,22 @@ Report = Callable[[Event], None]
 class Up:
     """An engine that answers, and when it was loaded."""
 
-    __slots__ = ("card", "engine", "footprint_bytes", "ready_s", "started_s", "watch")
+    __slots__ = ("card", "endpoints", "engine", "footprint_bytes", "ready_s", "refused", "started_s", "watch")
 
     def __init__(
-        self, card: ModelCard, engine: RunningEngine, started_s: float, footprint_bytes: int | None
+        self,
+        card: ModelCard,
+        engine: RunningEngine,
+        started_s: float,
+        footprint_bytes: int | None,
+        refused: Mapping[str, str],
     ) -> None:
         self.card = card
         self.engine = engine
+        self.endpoints: Mapping[str, Endpoint] = {**engine.adapters(), card.name: engine.endpoint}
+        """Where each model it serves is asked."""
+        self.refused = refused
+        """Adapters it does not serve, with the reason."""
         self.started_s = started_s
         self.ready_s = started_s
         self.footprint_bytes = footprint_bytes
@@ -66,8 +76,8 @@ class EngineRoom:
 
     # --- loading ---
 
-    def load(self, card: ModelCard, threads: int) -> None:
-        task = asyncio.create_task(self.start(card, threads), name=f"load {card.name}")
+    def load(self, card: ModelCard, threads: int, crew: Crew = ()) -> None:
+        task = asyncio.create_task(self.start(card, threads, crew), name=f"load {card.name}")
         self._loading[card.name] = _Loading(task)
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._load_ended(card, done))
@@ -77,8 +87,9 @@ class EngineRoom:
         loading.cancelled = True
         loading.task.cancel()
 
-    async def start(self, card: ModelCard, threads: int) -> Up:
-        """Fetch weights, start the engine, measure it. On failure or cancellation nothing is left behind."""
+    async def start(self, card: ModelCard, threads: int, crew: Crew = ()) -> Up:
+        """Fetch weights, start the engine with its adapters, measure it. On failure or cancellation nothing is
+        left behind; an adapter that cannot be had or does not fit is left out."""
         started_s = self._clock.now()
         backend = self._backends.get(card.engine.kind)
         if backend is None:
@@ -87,15 +98,30 @@ class EngineRoom:
                 f"{card.name}: no backend runs engines of kind {card.engine.kind} (there are: {known})"
             )
         path = None if card.remote else await self._weights(card)
-        if (sized := _sized(self._clock.now(), card, path)) is not None:
+        if (sized := _sized(self._clock.now(), card, path, crew)) is not None:
             self._report(sized)
-        engine = await backend.start(card, path, threads)
+        files, refused = await self._adapter_files(crew)
+        engine = await backend.start(card, path, threads, files)
         try:
             footprint_bytes = await asyncio.to_thread(read_footprint, engine)
+            up = Up(card, engine, started_s, footprint_bytes, refused | left_out(engine, files))
         except BaseException:
             await stop_engine(card.name, engine)
             raise
-        return Up(card, engine, started_s, footprint_bytes)
+        for name, why in up.refused.items():
+            log.warning("%s cannot run on %s: %s", name, card.name, why)
+        return up
+
+    async def _adapter_files(self, crew: Crew) -> tuple[list[AdapterFile], dict[str, str]]:
+        """The adapters with their files, and those whose file cannot be had, with the reason."""
+        files: list[AdapterFile] = []
+        refused: dict[str, str] = {}
+        for adapter in crew:
+            try:
+                files.append(AdapterFile(card=adapter, weights=await self._weights(adapter)))
+            except Exception as error:
+                refused[adapter.name] = f"its weights could not be had: {describe(error)}"
+        return files, refused
 
     def _load_ended(self, card: ModelCard, task: asyncio.Task[Up]) -> None:
         self._tasks.discard(task)
@@ -117,7 +143,7 @@ class EngineRoom:
         up.watch = asyncio.create_task(up.engine.died(), name=f"watch {model}")
         up.watch.add_done_callback(lambda done: self._died(model, up, done))
         self.up[model] = up
-        self._report(Loaded(now_s, model, up.footprint_bytes, now_s - up.started_s))
+        self._report(Loaded(now_s, model, up.footprint_bytes, now_s - up.started_s, up.refused))
 
     def _died(self, model: str, up: Up, task: asyncio.Task[str]) -> None:
         if task.cancelled():
@@ -164,13 +190,21 @@ class EngineRoom:
         return changed
 
 
-def _sized(now_s: float, card: ModelCard, path: Path | None) -> Sized | None:
+def left_out(engine: RunningEngine, files: Sequence[AdapterFile]) -> dict[str, str]:
+    """What an engine was given and does not serve, with its reason where it told one."""
+    served, told = engine.adapters(), engine.refused()
+    missing = [file.card.name for file in files if file.card.name not in served]
+    return {name: told.get(name, "its engine did not take it") for name in missing}
+
+
+def _sized(now_s: float, card: ModelCard, path: Path | None, crew: Crew = ()) -> Sized | None:
     """A better estimate than the card could give, now that its weights are here."""
     stated = card.memory_hint_bytes or (card.source.bytes if card.source else None)
     if path is None or stated is not None:
         return None
     try:
-        return Sized(now_s, card.name, bytes_for_weights(path.stat().st_size))
+        weights = bytes_for_weights(path.stat().st_size)
+        return Sized(now_s, card.name, weights + sum(map(adapter_bytes, crew)))
     except OSError:
         return None
 

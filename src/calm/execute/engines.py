@@ -15,7 +15,14 @@ from calm.execute.events import (
 from calm.execute.fleet_change import forget, succeed
 from calm.execute.schedule import run_round
 from calm.execute.state import State
-from calm.execute.upkeep import failed_error, recheck, refuse_waiters, settle, wish_pinned
+from calm.execute.upkeep import (
+    failed_error,
+    recheck,
+    refuse_waiters,
+    settle,
+    take_misfits,
+    wish_pinned,
+)
 
 
 def engine_event(state: State, e: Loaded | LoadFailed | Unloaded | Died | Measured | Sized) -> None:
@@ -51,6 +58,7 @@ def _reached(state: State, entry: Entry, e: Event) -> None:
     state.dirty.add(entry.name)
     if isinstance(e, Loaded):
         entry.failures, entry.retry_at_s, entry.reason = 0, None, None
+        take_misfits(state, entry, e.refused)
     elif isinstance(e, LoadFailed | Died):
         _count_failure(state, entry, e.reason, e.at_s, entry.failures)
         refuse_waiters(state, entry.name, failed_error(entry, e.at_s))
@@ -65,6 +73,7 @@ def _loaded(state: State, entry: Entry, e: Loaded) -> None:
     if e.footprint_bytes is not None:
         entry.measured_bytes = e.footprint_bytes
         state.charge(entry, e.footprint_bytes)
+    take_misfits(state, entry, e.refused)
     recheck(state, e.at_s)
 
 

@@ -1,18 +1,21 @@
-"""One model as the residency machine sees it: the only mutable record of its state."""
+"""One host as the residency machine sees it, its adapters included: the only mutable record of its state."""
 
 from __future__ import annotations
 
 from calm.execute.events import Limits
 from calm.execute.eviction import Standing
+from calm.execute.hosting import Crew
 from calm.records import ModelCard, ModelState, Residency
 
 HOLDS_MEMORY: frozenset[Residency] = frozenset({"loading", "ready", "draining", "unloading"})
 
 
 class Entry:
-    """State of one model. Changed only by `State`'s primitives."""
+    """State of one model that has an engine of its own. Changed only by `State`'s primitives."""
 
     __slots__ = (
+        "adapters",
+        "applied",
         "asked",
         "card",
         "charge",
@@ -24,6 +27,7 @@ class Entry:
         "leaving",
         "load_s",
         "measured_bytes",
+        "misfits",
         "name",
         "next_threads",
         "pinned",
@@ -38,9 +42,13 @@ class Entry:
         "uses",
     )
 
-    def __init__(self, card: ModelCard, estimate_bytes: int, threads: int) -> None:
+    def __init__(self, card: ModelCard, estimate_bytes: int, threads: int, adapters: Crew = ()) -> None:
         self.name = card.name
         self.card = card
+        self.adapters = adapters
+        """What its engine carries, or will when it is loaded."""
+        self.misfits: dict[str, str] = {}
+        """Adapters that its last engine could not take, with the reason; until a card changes."""
         self.residency: Residency = "remote" if card.remote else "cold"
         self.estimate_bytes = estimate_bytes
         self.measured_bytes: int | None = None
@@ -51,6 +59,8 @@ class Entry:
         """Threads the next load gets; `threads` are the running engine's."""
         self.threads = threads
         self.leases: set[int] = set()
+        self.applied: str | None = None
+        """The model whose requests the engine works on; None when it is idle."""
         self.pinned = False
         self.asked = False
         """The operator asked for the load that runs."""
@@ -61,8 +71,8 @@ class Entry:
         self.leaving = False
         """No more grants: unload as soon as the last lease is back."""
         self.removed = False
-        self.successor: tuple[ModelCard, int] | None = None
-        """The card (and its estimate) that replaces this one once its engine is gone."""
+        self.successor: tuple[ModelCard, Crew, int] | None = None
+        """The card (with adapters and estimate) that replaces this one once its engine is gone."""
         self.ready_at_s = 0.0
         self.last_used_s: float | None = None
         self.uses = 0
@@ -92,6 +102,15 @@ class Entry:
     @property
     def cap(self) -> int:
         return self.card.concurrency
+
+    def closed_to(self, model: str) -> bool:
+        """True while the engine works for another model that it cannot serve beside this one.
+
+        llama.cpp applies one adapter, or none, to a batch: a request of another one gets no token before the
+        running ones have ended, and none at all while more of them keep coming (measured). Waiting here instead
+        keeps the order of the queue. Servers of other kinds mix adapters in a batch.
+        """
+        return bool(self.leases) and self.card.engine.kind == "llamacpp" and self.applied not in (None, model)
 
     def resting(self, at_s: float) -> bool:
         """True while the model waits out a failure."""
@@ -133,4 +152,22 @@ class Entry:
             retry_at_s=self.retry_at_s,
             reason=self.reason,
             waiting_work_s=waiting_work_s,
+        )
+
+    def misfit(self, adapter: str) -> ModelState:
+        """An adapter that the engine could not take: failed for good, and without a share in anything."""
+        return ModelState(
+            model=adapter,
+            residency="failed",
+            pinned=False,
+            in_flight=0,
+            waiting=0,
+            slots=self.cap,
+            threads=0,
+            footprint_bytes=0,
+            footprint_measured=False,
+            load_s=None,
+            last_used_s=None,
+            failures=1,
+            reason=self.misfits[adapter],
         )

@@ -2,7 +2,8 @@
 
 Everything that reaches `Machine.step` is one of these events, so a history is a list that can be logged,
 printed and replayed; everything it wants done is one of these commands, so it needs no I/O. Times are the
-caller's monotonic seconds (`at_s`); tickets are numbers the caller never uses twice.
+caller's monotonic seconds (`at_s`); tickets are numbers the caller never uses twice. What callers and operators
+ask may name an adapter; engines, and all commands, go by the host's name.
 (Events in, instructions out after the worker state machine of dask.distributed.)
 """
 
@@ -85,6 +86,8 @@ class Loaded(Event, frozen=True):
     model: str
     footprint_bytes: int | None
     load_s: float
+    refused: Mapping[str, str] = {}
+    """Adapters it could not take, with the reason."""
 
 
 class LoadFailed(Event, frozen=True):
@@ -143,7 +146,7 @@ class Prefer(Event, frozen=True):
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """The cards in force, with the bytes each is believed to need and the threads its engine would get."""
+    """The cards in force; by host, the bytes its engine is believed to need and the threads it would get."""
 
     cards: Mapping[str, ModelCard]
     bytes: Mapping[str, int]

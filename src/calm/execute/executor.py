@@ -44,6 +44,7 @@ from calm.execute.events import (
     Want,
 )
 from calm.execute.eviction import EvictionPolicy, parse_eviction
+from calm.execute.hosting import Crew, crews, same_crew
 from calm.execute.remotes import Remotes
 from calm.execute.residency import Machine
 from calm.execute.sizing import size_fleet
@@ -92,6 +93,7 @@ class Executor:
         self._machine = Machine(limits, keep, queue)
         self._room = EngineRoom(backends, weights, clock, self._feed)
         self._cards: dict[str, ModelCard] = {}
+        self._crews: dict[str, Crew] = {}
         self._tickets = itertools.count(1)
         self._asks: dict[int, _Ask] = {}
         self._remotes = Remotes(self._room, clock, self._feed)
@@ -140,7 +142,8 @@ class Executor:
 
     async def _reach(self, ticket: int, model: str) -> Endpoint:
         try:
-            return await self._remotes.endpoint(model, self._cards.get(model))
+            host = self._host(model)
+            return await self._remotes.endpoint(model, host, self._cards.get(host), self._crews.get(host, ()))
         except BaseException:
             self._feed(Release(self._clock.now(), ticket))
             raise
@@ -169,7 +172,7 @@ class Executor:
     async def unload(self, model: str, force: bool = False) -> None:
         """Returns when the model is out of memory. Leases are waited for unless `force`, which ends them
 
-        and also overrides a pin. Raises BadInput for a pinned or remote model.
+        and also overrides a pin. Raises BadInput for a pinned or remote model, and for an adapter.
         """
         await self._order(model, lambda at_s, ticket: AdminUnload(at_s, ticket, model, force))
 
@@ -190,6 +193,11 @@ class Executor:
     def unpin(self, model: str) -> None:
         self._feed(Unpin(self._clock.now(), self._known(model)))
 
+    def _host(self, model: str) -> str:
+        """Whose engine serves a model."""
+        card = self._cards.get(model)
+        return model if card is None else card.host
+
     def _known(self, model: str) -> str:
         if model not in self._cards:
             raise UnknownModel(f"{model}: no such model in the fleet")
@@ -202,9 +210,11 @@ class Executor:
     def update_fleet(self, cards: Mapping[str, ModelCard]) -> None:
         """New cards in force. Leases on changed or removed models run to their end."""
         before, self._cards = self._cards, dict(cards)
-        for name, card in before.items():
-            if card.remote and self._cards.get(name) != card:
-                self._remotes.leave(name)
+        had, self._crews = self._crews, crews(self._cards)
+        for host, crew in had.items():
+            kept = same_crew(crew, self._crews.get(host, ()))
+            if before[host].remote and not (kept and self._cards.get(host) == before[host]):
+                self._remotes.leave(host)
         self._feed(FleetChanged(self._clock.now(), size_fleet(self._cards, self._limits.cores)))
 
     def set_budget(self, budget_bytes: int) -> None:
@@ -246,9 +256,10 @@ class Executor:
     # --- what can be read -----------------------------------------------------------------------
 
     def engine(self, model: str) -> RunningEngine | None:
-        """The engine that answers for a model now; None while it has none."""
-        up = self._room.up.get(model)
-        return up.engine if up is not None else self._remotes.engine(model)
+        """The engine that answers for a model now, its base's for an adapter; None while it has none."""
+        host = self._host(model)
+        up = self._room.up.get(host)
+        return up.engine if up is not None else self._remotes.engine(host)
 
     async def gone(self, model: str, engine: RunningEngine, within_s: float = 1.0) -> bool:
         """True once `engine` no longer serves the model. The death of a process is learned when it is reaped:
@@ -261,15 +272,15 @@ class Executor:
         return self.engine(model) is not engine
 
     def pids(self) -> Mapping[str, tuple[int, ...]]:
-        """Processes of each resident local engine."""
+        """Processes of each resident local engine, by host."""
         return {model: up.engine.pids() for model, up in self._room.up.items()}
 
     def snapshot_models(self) -> Mapping[str, ModelState]:
-        """Every model's state; the mapping never changes afterwards."""
+        """Every model's state, an adapter's being its host's; the mapping never changes afterwards."""
         return self._machine.models()
 
     def load_of(self, model: str) -> int:
-        """Leases held on a model now."""
+        """Leases held now on the engine that serves a model."""
         return self._machine.leases_of(model)
 
     @property
@@ -336,7 +347,7 @@ class Executor:
             case Done(ticket):
                 _answered(self._asks.pop(ticket), at_s)
             case StartLoad(model, threads):
-                self._room.load(self._cards[model], threads)
+                self._room.load(self._cards[model], threads, self._crews[model])
             case CancelLoad(model):
                 self._room.cancel_load(model)
             case StartUnload(model):
@@ -345,9 +356,9 @@ class Executor:
                 self._tell(command)
 
     def _granted(self, ask: _Ask, at_s: float) -> None:
-        up = self._room.up.get(ask.model)
+        up = self._room.up.get(self._host(ask.model))
         if up is not None:
-            ask.endpoint = up.engine.endpoint
+            ask.endpoint = up.endpoints.get(ask.model)
             ask.load_s = max(0.0, min(at_s, up.ready_s) - max(ask.asked_s, up.started_s))
         _answered(ask, at_s)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from calm.errors import BadInput, CalmError, ShuttingDown, Unavailable, UnknownModel
-from calm.execute.asks import enqueue
+from calm.errors import BadInput, CalmError, ShuttingDown, Unavailable
+from calm.execute.asks import enqueue, unknown
 from calm.execute.entry import Entry
 from calm.execute.events import (
     AdminLoad,
@@ -16,16 +16,18 @@ from calm.execute.events import (
 )
 from calm.execute.schedule import run_round
 from calm.execute.state import State
-from calm.execute.upkeep import forgive, recheck, refuse_waiters, settle, wish_pinned
+from calm.execute.upkeep import forgive, misfit_error, recheck, refuse_waiters, settle, wish_pinned
 from calm.records import PlacementPlan
 
 
 def admin_load(state: State, e: AdminLoad) -> None:
-    entry = state.entries.get(e.model)
+    entry = state.entry_of(e.model)
     if state.closing:
         state.refuse(e.ticket, ShuttingDown(f"{e.model}: the server is shutting down"))
     elif entry is None or entry.removed:
-        state.refuse(e.ticket, UnknownModel(f"{e.model}: no such model in the fleet"))
+        state.refuse(e.ticket, unknown(e.model))
+    elif entry.serving and e.model in entry.misfits:
+        state.refuse(e.ticket, misfit_error(entry, e.model))
     elif entry.serving:
         state.finish(e.ticket)
     elif (never := state.never_fits(entry)) is not None:
@@ -33,17 +35,19 @@ def admin_load(state: State, e: AdminLoad) -> None:
     else:
         entry.asked |= entry.residency == "loading"
         entry.retry_at_s = None
+        entry.misfits.pop(e.model, None)
         if entry.residency == "failed":
             forgive(state, entry, e.at_s)
-        enqueue(state, e.ticket, e.model, e)
+        enqueue(state, entry, e)
         run_round(state, e.at_s)
 
 
 def admin_unload(state: State, e: AdminUnload) -> None:
-    entry = state.entries.get(e.model)
+    """An adapter is not unloaded by itself: its base and its siblings would go with it, unasked."""
+    entry = state.entry_of(e.model)
     error = _unload_objection(state, e, entry)
     if error is not None or entry is None:
-        state.refuse(e.ticket, error or UnknownModel(f"{e.model}: no such model in the fleet"))
+        state.refuse(e.ticket, error or unknown(e.model))
         return
     entry.dormant = True
     if e.force:
@@ -63,7 +67,13 @@ def admin_unload(state: State, e: AdminUnload) -> None:
 
 def _unload_objection(state: State, e: AdminUnload, entry: Entry | None) -> CalmError | None:
     if entry is None or entry.removed:
-        return UnknownModel(f"{e.model}: no such model in the fleet")
+        return unknown(e.model)
+    if e.model != entry.name:
+        return BadInput(
+            f"{e.model} is an adapter on the engine of {entry.name}, which {_carries(state, entry)}: "
+            f"unload {entry.name}",
+            field="model",
+        )
     if entry.card.remote:
         return BadInput(f"{e.model} is remote: there is nothing to unload", field="model")
     if entry.pinned and not e.force:
@@ -73,14 +83,21 @@ def _unload_objection(state: State, e: AdminUnload, entry: Entry | None) -> Calm
     return None
 
 
+def _carries(state: State, entry: Entry) -> str:
+    crew = state.crews.get(entry.name, ())
+    others = sum(adapter.name not in entry.misfits for adapter in crew) - 1
+    return f"carries {others} more" if others > 0 else "would stay"
+
+
 def pin(state: State, e: Pin | Unpin) -> None:
-    entry = state.entries.get(e.model)
+    """A pin is its host's: an adapter stays by its base staying, and so do its siblings."""
+    entry = state.entry_of(e.model)
     if entry is None or entry.removed:
         return
     entry.pinned = isinstance(e, Pin)
-    state.dirty.add(e.model)
+    state.dirty.add(entry.name)
     if not entry.pinned:
-        state.unwish(e.model)
+        state.unwish(entry.name)
         state.abandon(entry, e.at_s)
     wish_pinned(state, entry)
     recheck(state, e.at_s)
@@ -91,7 +108,7 @@ def pin(state: State, e: Pin | Unpin) -> None:
 def prefer(state: State, plan: PlacementPlan, at_s: float) -> None:
     if plan.revision < state.revision or state.closing:
         return
-    state.plan = plan
+    state.plan = plan = _of_hosts(state, plan)
     for entry in [e for e in state.resident.values() if e.residency == "loading"]:
         entry.preloading &= state.preferred(entry.name) or bool(state.value(entry.name))
         state.abandon(entry, at_s)
@@ -102,6 +119,18 @@ def prefer(state: State, plan: PlacementPlan, at_s: float) -> None:
     state.wishes = [*pinned, *(name for name in cold if name not in pinned)]
     if state.wishes:
         run_round(state, at_s, evict_for_wishes=True)
+
+
+def _of_hosts(state: State, plan: PlacementPlan) -> PlacementPlan:
+    """What a plan says of adapters is meant for their hosts; what several are worth adds up."""
+    if state.hosts.keys().isdisjoint(plan.value) and state.hosts.keys().isdisjoint(plan.preload):
+        return plan
+    value: dict[str, float] = {}
+    for model, worth in plan.value.items():
+        host = state.hosts.get(model, model)
+        value[host] = value.get(host, 0.0) + worth
+    preload = dict.fromkeys(state.hosts.get(model, model) for model in plan.preload)
+    return PlacementPlan(revision=plan.revision, preload=tuple(preload), value=value)
 
 
 def set_budget(state: State, e: SetBudget) -> None:

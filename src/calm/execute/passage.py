@@ -10,7 +10,7 @@ from calm.execute.upkeep import forgive, settle
 
 def tick(state: State, at_s: float) -> None:
     for waiter in [w for w in state.queue if w.expired(at_s)]:
-        state.refuse(waiter.ticket, deadline_passed(waiter.model, at_s - waiter.arrived_s))
+        state.refuse(waiter.ticket, deadline_passed(waiter.wanted, at_s - waiter.arrived_s))
         state.abandon(state.entries[waiter.model], at_s)
     for entry in [e for e in state.entries.values() if e.residency == "failed" and not e.resting(at_s)]:
         forgive(state, entry, at_s)

@@ -7,6 +7,7 @@ import asyncio
 from calm.errors import EngineLost, LoadFailed
 from calm.execute import events
 from calm.execute.engine_room import EngineRoom, Report, Up, describe, stop_engine
+from calm.execute.hosting import Crew
 from calm.ports import Clock, RunningEngine
 from calm.records import Endpoint, ModelCard
 
@@ -21,27 +22,36 @@ class Remotes:
         self._reaching: dict[str, asyncio.Task[Up]] = {}
         self._farewells: set[asyncio.Task[str | None]] = set()
 
-    async def endpoint(self, model: str, card: ModelCard | None) -> Endpoint:
-        """Without a task switch once the engine was reached. Raises LoadFailed when it cannot be."""
-        task = self._reach(model, card)
+    async def endpoint(self, model: str, host: str, card: ModelCard | None, crew: Crew = ()) -> Endpoint:
+        """Of a model on a remote engine: `host`, whose card is given, or an adapter that it carries.
+
+        Without a task switch once the engine was reached. Raises LoadFailed when it cannot be, or does not
+        serve the adapter.
+        """
+        task = self._reach(host, card, crew)
         if not task.done():
             await asyncio.wait({task})
         if task.cancelled():
             raise LoadFailed(f"{model}: its card changed while it was being reached")
         if (error := task.exception()) is not None:
             raise LoadFailed(f"{model} cannot be reached: {describe(error)}") from error
-        return task.result().engine.endpoint
+        up = task.result()
+        if (endpoint := up.endpoints.get(model)) is None:
+            raise LoadFailed(
+                f"{model} cannot run on {host}: {up.refused.get(model, 'it was never given it')}"
+            )
+        return endpoint
 
     def engine(self, model: str) -> RunningEngine | None:
         task = self._reaching.get(model)
         return task.result().engine if task is not None and _succeeded(task) else None
 
-    def _reach(self, model: str, card: ModelCard | None) -> asyncio.Task[Up]:
+    def _reach(self, model: str, card: ModelCard | None, crew: Crew) -> asyncio.Task[Up]:
         task = self._reaching.get(model)
         if task is None:
             if card is None or not card.remote:
                 raise EngineLost(f"{model}: its engine went away while the request waited")
-            task = asyncio.create_task(self._room.start(card, 0), name=f"reach {model}")
+            task = asyncio.create_task(self._room.start(card, 0, crew), name=f"reach {model}")
             task.add_done_callback(lambda done: self._reached(model, done))
             self._reaching[model] = task
         return task
@@ -53,7 +63,8 @@ class Remotes:
             return
         now_s = self._clock.now()
         if _succeeded(task):
-            self._report(events.Loaded(now_s, model, None, now_s - task.result().started_s))
+            up = task.result()
+            self._report(events.Loaded(now_s, model, None, now_s - up.started_s, up.refused))
             return
         del self._reaching[model]
         reason = "interrupted" if task.cancelled() else describe(task.exception())

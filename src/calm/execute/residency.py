@@ -7,6 +7,8 @@ docs/decisions/0001-architecture.md, the choices behind them in 0003-residency.m
     cold -> loading -> ready <-> draining -> unloading -> cold
                |          `-- died ----------^   `------> failed   (it failed; cold again at retry_at_s)
                `-> failed        remote: always ready, costs no bytes and no cores, only its cap counts
+
+There is one entry for each engine. An adapter has none: what is asked of it is asked of its base, its host.
 """
 
 from __future__ import annotations
@@ -90,11 +92,16 @@ class Machine:
         return self._state.queue.discipline, self._state.eviction.name
 
     def models(self) -> Mapping[str, ModelState]:
-        """Every model's state now. The mapping is never changed afterwards; unchanged states are shared."""
+        """Every model's state now. The mapping is never changed afterwards; unchanged states are shared.
+
+        An adapter's state is its host's, with the host's name in it: sums are over those that bear their own.
+        """
         dirty = self._state.dirty
         if dirty:
-            fresh = {name: self._state.model_state(name) for name in dirty if name in self._state.entries}
-            kept = self._models if len(fresh) == len(dirty) else self._without(dirty)
+            fresh: dict[str, ModelState] = {}
+            for name in dirty:
+                fresh.update(self._state.states_of(name))
+            kept = self._models if dirty <= fresh.keys() else self._without(dirty)
             self._models = {**kept, **fresh}
             dirty.clear()
         return self._models
@@ -103,7 +110,8 @@ class Machine:
         return {name: state for name, state in self._models.items() if name not in names}
 
     def leases_of(self, model: str) -> int:
-        entry = self._state.entries.get(model)
+        """On its engine, whichever of the models it carries they are for."""
+        entry = self._state.entry_of(model)
         return 0 if entry is None else len(entry.leases)
 
     def wake_at_s(self, at_s: float) -> float | None:

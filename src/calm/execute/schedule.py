@@ -4,7 +4,8 @@ A round runs whenever something was freed, aged or changed. In the order of the 
 waiter is attended to:
 
     1. its deadline passed                       -> refuse it
-    2. its engine is up                          -> grant, if the model's cap and the core tokens allow;
+    2. its engine is up                          -> grant, if the model's cap and the core tokens allow, and
+                                                   the engine is not busy with another adapter of its own;
        no tokens, and waiting since bypass_s     -> reserve tokens: the fewest active models yield, that is
                                                    take nobody who stands behind this waiter
     3. its model is cold and fits                -> start the load
@@ -104,10 +105,10 @@ def _attend(state: State, this: Round, waiter: Waiter) -> bool:
 
 def too_late(waiter: Waiter, at_s: float) -> DeadlineExceeded:
     if waiter.expired(at_s):
-        return deadline_passed(waiter.model, at_s - waiter.arrived_s)
+        return deadline_passed(waiter.wanted, at_s - waiter.arrived_s)
     left_s = (waiter.deadline_at_s or at_s) - at_s
     return DeadlineExceeded(
-        f"{waiter.model}: after {at_s - waiter.arrived_s:.1f} s in the queue {left_s:.1f} s are left of the "
+        f"{waiter.wanted}: after {at_s - waiter.arrived_s:.1f} s in the queue {left_s:.1f} s are left of the "
         f"deadline, and the answer takes about {waiter.expected_s:.1f} s"
     )
 
@@ -127,7 +128,8 @@ def _admit(state: State, this: Round, entry: Entry, waiter: Waiter) -> bool:
     if not waiter.sends:
         state.finish(waiter.ticket)
         return True
-    if len(entry.leases) >= entry.cap or _held_back(state, entry, waiter):
+    full = len(entry.leases) >= entry.cap or entry.closed_to(waiter.wanted)
+    if full or _held_back(state, entry, waiter):
         return False
     cores = state.cores_for(entry)
     if cores and cores > state.limits.cores - state.cores_in_use - this.reserved_cores:
@@ -135,7 +137,7 @@ def _admit(state: State, this: Round, entry: Entry, waiter: Waiter) -> bool:
             _reserve_cores(state, this, cores, waiter.key)
         return False
     state.unqueue(waiter.ticket)
-    state.grant(entry, waiter.ticket, this.at_s)
+    state.grant(entry, waiter.ticket, waiter.wanted, this.at_s)
     return True
 
 

@@ -5,9 +5,10 @@ Guesses that a measurement replaces: they only have to be good enough for the fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from calm.execute.events import Fleet
+from calm.execute.hosting import adapter_bytes, crews
 from calm.records import ModelCard
 
 MIB = 1024 * 1024
@@ -46,12 +47,19 @@ def threads_for(card: ModelCard, cores: int, local_models: int) -> int:
     return max(1, min(card.engine.threads or share, cores))
 
 
+def host_bytes(card: ModelCard, crew: Iterable[ModelCard]) -> int:
+    """The same of an engine with the adapters it carries."""
+    return 0 if card.remote else estimate_bytes(card) + sum(map(adapter_bytes, crew))
+
+
 def size_fleet(cards: Mapping[str, ModelCard], cores: int) -> Fleet:
-    local = sum(not card.remote for card in cards.values())
+    """Bytes and threads of every engine there would be: one for each host."""
+    crews_of = crews(cards)
+    local = sum(not cards[host].remote for host in crews_of)
     return Fleet(
         cards=dict(cards),
-        bytes={name: estimate_bytes(card) for name, card in cards.items()},
-        threads={name: threads_for(card, cores, local) for name, card in cards.items()},
+        bytes={host: host_bytes(cards[host], crew) for host, crew in crews_of.items()},
+        threads={host: threads_for(cards[host], cores, local) for host in crews_of},
     )
 
 

@@ -20,6 +20,7 @@ from calm.execute.events import (
     StartUnload,
 )
 from calm.execute.eviction import EvictionPolicy
+from calm.execute.hosting import Crew
 from calm.execute.waiting import Key, Queue, Waiter
 from calm.records import ModelState, PlacementPlan, Residency
 
@@ -33,6 +34,11 @@ class State:
         self.eviction = eviction
         self.budget_bytes = limits.budget_bytes
         self.entries: dict[str, Entry] = {}
+        """By host: what has an engine of its own."""
+        self.hosts: dict[str, str] = {}
+        """The host of every adapter."""
+        self.crews: dict[str, Crew] = {}
+        """The adapters of every host, by the cards in force."""
         self.resident: dict[str, Entry] = {}
         """Local models that hold memory now."""
         self.leases: dict[int, Entry] = {}
@@ -84,8 +90,19 @@ class State:
             )
         return None
 
-    def model_state(self, name: str) -> ModelState:
-        return self.entries[name].state(self.queue.count(name), self.queue.model_work_s(name))
+    def entry_of(self, model: str) -> Entry | None:
+        """Whose engine serves a model."""
+        return self.entries.get(self.hosts.get(model, model))
+
+    def states_of(self, model: str) -> dict[str, ModelState]:
+        """The state of a model's host, shared by all that its engine carries; none for what is gone."""
+        host = self.hosts.get(model, model)
+        entry = self.entries.get(host)
+        if entry is None:
+            return {}
+        shown = entry.state(self.queue.count(host), self.queue.model_work_s(host))
+        crew = (adapter.name for adapter in self.crews.get(host, ()))
+        return {host: shown, **{a: entry.misfit(a) if a in entry.misfits else shown for a in crew}}
 
     # --- residency ---
 
@@ -154,10 +171,11 @@ class State:
         """Tokens that one more lease takes: the first one takes the engine's threads."""
         return 0 if entry.leases else entry.threads
 
-    def grant(self, entry: Entry, ticket: int, at_s: float) -> None:
+    def grant(self, entry: Entry, ticket: int, model: str, at_s: float) -> None:
         if not entry.leases:
             self.cores_in_use += entry.threads
         entry.leases.add(ticket)
+        entry.applied = model
         entry.uses += 1
         entry.last_used_s = at_s
         self.leases[ticket] = entry
@@ -169,6 +187,7 @@ class State:
         entry.last_used_s = at_s
         if not entry.leases:
             self.cores_in_use -= entry.threads
+            entry.applied = None
         self.dirty.add(entry.name)
 
     def drop_leases(self, entry: Entry) -> None:
@@ -177,6 +196,7 @@ class State:
         for ticket in entry.leases:
             self.leases.pop(ticket, None)
         entry.leases.clear()
+        entry.applied = None
         self.dirty.add(entry.name)
 
     def unqueue(self, ticket: int) -> Waiter | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from calm.errors import CalmError
 from calm.errors import LoadFailed as LoadFailedError
 from calm.execute.entry import Entry
@@ -47,6 +49,19 @@ def forgive(state: State, entry: Entry, at_s: float) -> None:
     entry.retry_at_s = None
     state.move(entry, "cold", at_s, "may be tried again")
     wish_pinned(state, entry)
+
+
+def misfit_error(entry: Entry, adapter: str) -> LoadFailedError:
+    return LoadFailedError(f"{adapter} cannot run on {entry.name}: {entry.misfits[adapter]}")
+
+
+def take_misfits(state: State, entry: Entry, refused: Mapping[str, str]) -> None:
+    """What an engine that came up says of its adapters: nobody waits on for one it could not take."""
+    entry.misfits = dict(refused)
+    state.dirty.add(entry.name)
+    for waiter in state.queue.of(entry.name) if refused else ():
+        if waiter.wanted in refused:
+            state.refuse(waiter.ticket, misfit_error(entry, waiter.wanted))
 
 
 def failed_error(entry: Entry, at_s: float) -> LoadFailedError:

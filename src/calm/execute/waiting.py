@@ -31,6 +31,8 @@ class Waiter(msgspec.Struct, frozen=True):
     arrived_s: float
     sends: bool
     """False for the operator's order to load: it waits for the engine but sends nothing."""
+    wanted: str
+    """The model asked for: `model`, whose engine it waits for, or an adapter of it."""
 
     def expired(self, at_s: float) -> bool:
         return self.deadline_at_s is not None and self.deadline_at_s <= at_s

@@ -106,7 +106,8 @@ class AdminApi:
 
     def _described(self, card: ModelCard) -> Document:
         state = self._service.snapshot().models.get(card.name)
-        return {**fleet_entry(card, state), "card": public_card(card)}
+        adapters = [c.name for c in self._service.cards().values() if c.adapter_of == card.name]
+        return {**fleet_entry(card, state), "adapters": adapters, "card": public_card(card)}
 
     # --- decisions and knowledge ----------------------------------------------------------------------
 
@@ -165,10 +166,11 @@ class AdminApi:
 
 
 def fleet_entry(card: ModelCard, state: ModelState | None) -> dict[str, object]:
-    """A model as any caller may see it."""
+    """A model as any caller may see it. The state of an adapter is its base's, with the base's name in it."""
     return {
         "name": card.name,
         "description": card.description,
+        "adapter_of": card.adapter_of,
         "domains": card.domains,
         "capabilities": card.capabilities,
         "placement": card.placement,

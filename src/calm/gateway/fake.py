@@ -152,7 +152,7 @@ class ScriptedService:
         return Snapshot(
             revision=1,
             at_s=0.0,
-            models={name: self._state(name) for name in self.fleet},
+            models={name: self._state(card.host) for name, card in self.fleet.items()},
             budget_bytes=1000,
             used_bytes=sum(100 for state in self.state.values() if state == "ready"),
             cores=2,

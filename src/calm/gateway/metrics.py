@@ -217,6 +217,8 @@ def _per_model(now: Snapshot) -> Iterator[GaugeMetricFamily]:
     for field, (metric, text) in figures.items():
         family = GaugeMetricFamily(f"calm_{metric}", text, labels=["model"])
         for name, model in now.models.items():
+            if model.model != name:
+                continue  # an adapter: its engine's figures stand under its base, and sums count them once
             holds = field != "footprint_bytes" or model.residency in (
                 "ready",
                 "draining",

@@ -158,7 +158,10 @@ class OpenAiApi:
         return [ROUTED, *(f"{ROUTED}/{goal}" for goal in self._service.goals()), *self._service.cards()]
 
     def _entry(self, name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "calm"}
+        """As OpenAI has it; a model of the fleet also tells whose adapter it is, null for none."""
+        entry = {"id": name, "object": "model", "created": self._created, "owned_by": "calm"}
+        card = self._service.cards().get(name)
+        return entry if card is None else {**entry, "calm": {"adapter_of": card.adapter_of}}
 
 
 def reply_headers(reply: Reply) -> dict[str, str]:

@@ -36,9 +36,17 @@ _encode = msgspec.json.encode
 
 
 def encode_for(ask: Ask, card: ModelCard, endpoint: Endpoint) -> bytes:
-    """The body for one engine: its name for the model, the card's stop strings added, usage always asked."""
+    """The body for one engine: its name for the model, the card's stop strings added, usage always asked.
+
+    Which adapter is applied, and how strongly, is the fleet's to say: a caller's own `lora` is dropped, or it
+    would answer as a model that nobody chose. The base of an engine that carries adapters has a number as well,
+    which no adapter has.
+    """
     body = dict(ask.body)
     body["model"] = endpoint.model
+    body.pop("lora", None)
+    if endpoint.adapter is not None:
+        body["lora"] = [{"id": endpoint.adapter, "scale": 1.0}]
     if card.chat.stop and ask.kind != "embeddings":
         body["stop"] = merge_stops(body.get("stop"), card.chat.stop)
     if streams_upstream(ask, card):

@@ -231,12 +231,21 @@ def _structure_chars(chat: Chat) -> int:
 
 
 def _chat_needs(chat: Chat) -> frozenset[Capability]:
-    needs: set[Capability] = {"chat"}
-    if (chat.tools or chat.functions) and chat.tool_choice != "none":
-        needs.add("tools")
+    """A single question with tools needs nobody who chats; a conversation about tools needs both."""
+    calls = bool(chat.tools or chat.functions) and chat.tool_choice != "none"
+    needs: set[Capability] = {"tools"} if calls else {"chat"}
+    if calls and not _one_question(chat):
+        needs.add("chat")
     if chat.response_format and chat.response_format.type.startswith("json"):
         needs.add("json")
     return frozenset(needs)
+
+
+def _one_question(chat: Chat) -> bool:
+    roles = [message.role for message in chat.messages]
+    return (
+        not chat.functions and roles.count("user") == 1 and not {"assistant", "tool", "function"} & set(roles)
+    )
 
 
 def _inputs(

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from calm.errors import DeadlineExceeded, NoCandidate, UnknownModel
 from calm.plan.columns import Figures, figures, only
+from calm.plan.engines import engines
 from calm.records import Ask, Capability, Estimate, Features, ModelCard, ModelState, Refusal, Snapshot
 
 BEST_EFFORT = "best_effort"
@@ -164,11 +165,13 @@ def _capable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | 
 
 
 def _too_many(facts: _Facts, card: ModelCard) -> str | None:
-    """llama.cpp answers at most as many times at once as it has slots."""
-    samples, slots = facts.ask.body.get("n"), card.engine.slots
-    if card.engine.kind != "llamacpp" or not isinstance(samples, int) or samples <= slots:
+    """llama.cpp answers at most as many times at once as it has slots, the ONNX engine once."""
+    samples, kind = facts.ask.body.get("n"), card.engine.kind
+    slots = 1 if kind == "onnx" else card.engine.slots
+    if kind not in ("llamacpp", "onnx") or not isinstance(samples, int) or samples <= slots:
         return None
-    return f"gives at most {slots} answers at once (engine.slots), n is {samples}"
+    why = "" if kind == "onnx" else " (engine.slots)"
+    return f"gives at most {slots} answers at once{why}, n is {samples}"
 
 
 def _readable(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 5
@@ -266,16 +269,21 @@ def _facts(ask: Ask, features: Features, snapshot: Snapshot) -> _Facts:
     allowed = ask.wishes.allowed_models
     prompt = features.prompt_tokens
     answer = 0 if ask.kind == "embeddings" else ask.max_tokens or ANSWER_RESERVE_TOKENS
-    pinned = [s.footprint_bytes for s in snapshot.models.values() if s.pinned and _holds_memory(s)]
+    pinned = [s.footprint_bytes for s in engines(snapshot) if s.pinned and _holds_memory(s)]
     return _Facts(
         ask=ask,
-        needs=ask.requires | {ask.kind},
+        needs=_needs(ask),
         allowed=None if allowed is None else frozenset(allowed),
         surely_tokens=prompt * (1.0 - 2.0 * PROMPT_RELATIVE_SD),
         probably_tokens=prompt * (1.0 + PROMPT_RELATIVE_SD) + answer,
         snapshot=snapshot,
         pinned_bytes=sum(pinned),
     )
+
+
+def _needs(ask: Ask) -> frozenset[Capability]:
+    """Who calls tools for a living need not chat: a question that offers tools asks for `tools` alone."""
+    return ask.requires if "tools" in ask.requires else ask.requires | {ask.kind}
 
 
 def _holds_memory(state: ModelState) -> bool:

@@ -10,9 +10,10 @@ warms useful, small models first; but such a guess only fills free memory, it ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from calm.plan.engines import families
 from calm.records import Forecast, ModelCard, ModelState, PlacementPlan, Snapshot
 
 HYSTERESIS = 1.5
@@ -61,9 +62,11 @@ def propose(
     `preload` holds residents that should stay and newcomers to warm; their footprints sum to at most the
     budget. `value` is seconds of waiting saved per second and byte: higher is kept longer. Remote, failed and
     oversized models, and those of unknown size, are in neither. Equal input gives an equal plan, and a fleet
-    that already is as planned is left as it is.
+    that already is as planned is left as it is. A plan names engines: an adapter is in memory with its base, and
+    what is asked of it speaks for keeping the base.
     """
-    worths = [w for card in cards.values() if (w := _worth(card, snapshot, rates_rps, load_s or {}))]
+    found = families(cards).values()
+    worths = [w for family in found if (w := _worth(family, snapshot, rates_rps, load_s or {}))]
     worths.sort(key=lambda w: (w.tier, -w.density, w.model))
     return PlacementPlan(
         revision=snapshot.revision,
@@ -102,10 +105,14 @@ class _Worth(NamedTuple):
 
 
 def _worth(
-    card: ModelCard, snapshot: Snapshot, rates_rps: Mapping[str, float], load_s: Mapping[str, float]
+    family: Sequence[ModelCard],
+    snapshot: Snapshot,
+    rates_rps: Mapping[str, float],
+    load_s: Mapping[str, float],
 ) -> _Worth | None:
+    card = family[0]
     state = snapshot.models.get(card.name)
-    size = _size_bytes(card, state)
+    size = _size_bytes(family, state)
     if (
         card.remote
         or size is None
@@ -113,8 +120,9 @@ def _worth(
         or (state and _failed(state, snapshot.at_s))
     ):
         return None
-    rate = max(0.0, rates_rps.get(card.name, 0.0))
-    saved = (rate + PRIOR_RATE_RPS * _prior_quality(card)) * _reload_s(card, state, size, load_s)
+    rate = sum(max(0.0, rates_rps.get(member.name, 0.0)) for member in family)
+    prior = PRIOR_RATE_RPS * max(map(_prior_quality, family))
+    saved = (rate + prior) * _reload_s(card, state, size, load_s)
     value = saved / size
     resident = state is not None and state.residency in ("ready", "loading")
     return _Worth(
@@ -144,10 +152,15 @@ def _fill(worths: list[_Worth], budget_bytes: int) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _size_bytes(card: ModelCard, state: ModelState | None) -> int | None:
+def _size_bytes(family: Sequence[ModelCard], state: ModelState | None) -> int | None:
     """Bytes to plan with, None where nothing is known: what may not fit is not warmed."""
     if state is not None and state.footprint_bytes > 0:
         return state.footprint_bytes
+    base, *adapters = map(_stated_bytes, family)
+    return base and base + sum(adapter or 0 for adapter in adapters)
+
+
+def _stated_bytes(card: ModelCard) -> int | None:
     weights = card.source.bytes if card.source is not None else None
     return card.memory_hint_bytes or weights or None
 

@@ -25,6 +25,7 @@ from itertools import accumulate
 from math import exp, inf, isfinite, log1p, log2, sqrt
 from typing import NamedTuple
 
+from calm.plan.engines import engines
 from calm.plan.feasible import price_of
 from calm.plan.ties import fair_order
 from calm.records import (
@@ -227,7 +228,7 @@ def displaced_s(snapshot: Snapshot, cards: Mapping[str, ModelCard]) -> list[floa
     missing = _missing_bytes(snapshot, cards)
     if not any(missing):
         return None
-    victims = sorted(_victim(s, snapshot.at_s) for s in snapshot.models.values() if s.residency == "ready")
+    victims = sorted(_victim(s, snapshot.at_s) for s in engines(snapshot) if s.residency == "ready")
     freed = list(accumulate(size for _, size, _ in victims))
     cost_s = [0.0, *accumulate(cost for _, _, cost in victims)]
     if cost_s[-1] == 0.0:

@@ -12,6 +12,7 @@ import msgspec
 
 from calm.errors import BadInput
 from calm.records import ModelCard
+from calm.registry.adapters import join
 from calm.registry.problems import CardProblem
 from calm.registry.validate import check
 
@@ -74,7 +75,10 @@ class FleetChange:
 
 
 def load_fleet(directory: Path) -> FleetLoad:
-    """Every `*.toml` of the directory. Raises BadInput only when the directory itself cannot be read."""
+    """Every `*.toml` of the directory, adapters completed from their bases.
+
+    Raises BadInput only when the directory itself cannot be read.
+    """
     cards: list[ModelCard] = []
     problems: list[CardProblem] = []
     for file in card_files(directory):
@@ -82,7 +86,17 @@ def load_fleet(directory: Path) -> FleetLoad:
         problems += found
         if card is not None:
             cards.append(card)
-    return FleetLoad(Fleet(cards), tuple(problems))
+    joined, refused = join(cards)
+    problems += [
+        CardProblem(
+            file=str(directory / f"{name}.toml"),
+            field=complaint.field,
+            reason=complaint.reason,
+            hint=complaint.hint,
+        )
+        for name, complaint in refused.items()
+    ]
+    return FleetLoad(Fleet(joined), tuple(problems))
 
 
 def card_files(directory: Path) -> list[Path]:
@@ -139,8 +153,11 @@ def diff(old: Fleet, new: Fleet) -> FleetChange:
 def keep_previous(previous: Fleet, load: FleetLoad) -> FleetLoad:
     """A file that turned bad leaves its model's last good card serving; its problem is still reported.
 
-    A file that is gone takes its model with it.
+    A file that is gone takes its model with it, and so the adapters of a base that is gone.
     """
     stems = {Path(problem.file).stem for problem in load.problems}
     kept = [previous[name] for name in sorted(stems) if name in previous and name not in load.fleet]
-    return FleetLoad(Fleet([*load.fleet.values(), *kept]), load.problems) if kept else load
+    if not kept:
+        return load
+    joined, _ = join([*load.fleet.values(), *kept])  # anew: the base of one that is kept may have changed
+    return FleetLoad(Fleet(joined), load.problems)

@@ -17,6 +17,7 @@ LIMITS: Mapping[str, Mapping[str, Fragment]] = {
     "ModelCard": {
         "name": {"pattern": NAME_PATTERN},
         "description": {"minLength": 1},
+        "adapter_of": {"pattern": NAME_PATTERN},
         "context": _AT_LEAST_ONE,
         "capabilities": {"minItems": 1},
         "memory_hint_bytes": _AT_LEAST_ONE,
@@ -28,6 +29,7 @@ LIMITS: Mapping[str, Mapping[str, Fragment]] = {
         "bytes": _AT_LEAST_ONE,
         "filename": {"pattern": r"^[A-Za-z0-9_][^/\\]*$"},
     },
+    "ConvertSpec": {"sha256": {"pattern": r"^[0-9a-fA-F]{64}$"}, "bytes": _AT_LEAST_ONE},
     "EngineSpec": {
         "slots": _AT_LEAST_ONE,
         "threads": _AT_LEAST_ONE,

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from calm.records import ModelCard, Strict
+from calm.records import EngineSpec, ModelCard, Strict
 from calm.registry.limits import LIMITS, NAME_PATTERN, PLACEHOLDERS, RESERVED_NAMES, Fragment, matches
 from calm.registry.problems import CardProblem, did_you_mean
-from calm.registry.reference import FileReference, parse_reference
+from calm.registry.reference import FileReference, leaf_name, parse_reference
 
 Complaint = tuple[str | None, str, str | None]
 """(dotted field, reason, hint)."""
@@ -30,7 +30,7 @@ def check(
     card, complaints = _convert(data)
     if card is not None:
         card = _with_placement(card, data)
-        complaints += [*_limits(card, ""), *_coherent(card, stem)]
+        complaints += [*_limits(card, ""), *_coherent(card, stem), *_adapted(card, data)]
     problems = [CardProblem(file=file, field=f, reason=r, hint=h) for f, r, h in complaints]
     return (None if problems else card), problems
 
@@ -176,14 +176,39 @@ def _sourced(card: ModelCard) -> Iterator[Complaint]:
             parse_reference(part)
         except ValueError as error:
             yield f"source.parts[{index}]", str(error), None
+    yield from _converted(card)
+
+
+def _converted(card: ModelCard) -> Iterator[Complaint]:
+    """Only a GGUF can be re-quantised, and only the built-in engine gains by it."""
+    source = card.source
+    if source is None or source.convert is None:
+        return
+    if card.adapter_of is not None:
+        yield "source.convert", "is for the weights of a base, not for an adapter", "remove it"
+    elif card.engine.kind != "llamacpp":
+        yield "source.convert", f"is not read by kind `{card.engine.kind}`", "only llamacpp reads a GGUF"
+    elif ".gguf" not in (_file_name(card) or ".gguf"):
+        yield "source.convert", "converts a .gguf file and this source is none", "remove it"
+
+
+def _file_name(card: ModelCard) -> str | None:
+    """What the weights are called; None where the parts are wrong, which is said elsewhere."""
+    assert card.source is not None
+    try:
+        return card.source.filename or leaf_name(parse_reference(card.source.parts[0]))
+    except (ValueError, IndexError):
+        return None
 
 
 def _runnable(card: ModelCard) -> Iterator[Complaint]:
+    if card.adapter_of is not None:
+        return  # how it runs is its base's: see registry.adapters
     engine = card.engine
     match engine.kind:
-        case "llamacpp":
+        case "llamacpp" | "onnx":
             if card.source is None:
-                yield "source", "a llamacpp engine needs weights", "add [source] with parts and sha256"
+                yield "source", f"a {engine.kind} engine needs weights", "add [source] with parts and sha256"
         case "command":
             yield from _command(card)
         case "openai":
@@ -248,6 +273,34 @@ def _believable(card: ModelCard) -> Iterator[Complaint]:
         yield "domains", "holds an empty domain", None
     if "" in card.chat.stop:
         yield "chat.stop", "holds an empty string, which would stop every answer at once", None
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+BORROWED = ("context", "placement", "max_in_flight", "sandbox")
+"""Fields that are its base's: an adapter that states one would be believed and not obeyed."""
+OWN_ENGINE = ("upstream_model",)
+"""What an adapter may say about the engine: the name by which a server knows it."""
+
+
+def _adapted(card: ModelCard, data: Mapping[str, object]) -> Iterator[Complaint]:
+    """What an adapter's card states although it is its base's. Whether there is a base, only the fleet knows."""
+    base = card.adapter_of
+    if base is None:
+        return
+    if base == card.name:
+        yield "adapter_of", "names the card itself", "name the card of the base model"
+    stated = [field for field in BORROWED if field in data]
+    engine = [field for field in EngineSpec.__struct_fields__ if field not in OWN_ENGINE]
+    stated += [f"engine.{field}" for field in engine if field in _table(data, "engine")]
+    stated += ["chat.template"] if "template" in _table(data, "chat") else []
+    for field in stated:
+        yield field, f"is its base's, `{base}`, and cannot differ for an adapter", "remove it"
+
+
+def _table(data: Mapping[str, object], name: str) -> Mapping[str, object]:
+    table = data.get(name)
+    return table if isinstance(table, Mapping) else {}
 
 
 def relative_parts(card: ModelCard) -> tuple[str, ...]:

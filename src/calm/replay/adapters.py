@@ -16,12 +16,23 @@ from pathlib import Path
 from random import Random
 
 import msgspec
+from msgspec.structs import replace
 
 from calm.errors import LoadFailed, NotReached
 from calm.monitor.resources import Sample
 from calm.ports import UpstreamReply
-from calm.profile import Profile
-from calm.records import Ask, Decision, Endpoint, Features, Feedback, MeterKind, ModelCard, Outcome
+from calm.profile import ModelProfile, Profile
+from calm.records import (
+    AdapterFile,
+    Ask,
+    Decision,
+    Endpoint,
+    Features,
+    Feedback,
+    MeterKind,
+    ModelCard,
+    Outcome,
+)
 from calm.replay.machine import SimulatedEngine, SimulatedMachine, Work
 from calm.replay.outcomes import Outcomes
 
@@ -32,14 +43,30 @@ METER = "simulated"
 class RunningSimulation:
     """A RunningEngine of the simulated machine."""
 
-    def __init__(self, backend: SimulatedBackend, engine: SimulatedEngine, card: ModelCard) -> None:
+    def __init__(
+        self,
+        backend: SimulatedBackend,
+        engine: SimulatedEngine,
+        card: ModelCard,
+        adapters: Sequence[str] = (),
+    ) -> None:
         self._backend = backend
+        self._adapters = adapters
         self.engine = engine
         self.card = card
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=str(self.engine.number), model=self.card.name)
+        return self._endpoint(self.card.name)
+
+    def adapters(self) -> Mapping[str, Endpoint]:
+        return {name: self._endpoint(name) for name in self._adapters}
+
+    def refused(self) -> Mapping[str, str]:
+        return {}
+
+    def _endpoint(self, model: str) -> Endpoint:
+        return Endpoint(base_url=str(self.engine.number), model=model)
 
     def pids(self) -> tuple[int, ...]:
         """Its number on the machine: what the meter knows it by."""
@@ -67,17 +94,32 @@ class SimulatedBackend:
         self._seed = seed
         self._begun: Counter[str] = Counter()
 
-    async def start(self, card: ModelCard, weights: Path | None, threads: int) -> RunningSimulation:
-        profile = self._profile.models.get(card.name)
-        if profile is None:
-            raise LoadFailed(f"{card.name}: the profile does not know this model")
+    async def start(
+        self, card: ModelCard, weights: Path | None, threads: int, adapters: Sequence[AdapterFile] = ()
+    ) -> RunningSimulation:
+        carried = [adapter.card.name for adapter in adapters]
+        profile = self._with_adapters(card.name, carried)
         takes_s = profile.load_s * math.exp(profile.load_jitter * self._draw(card.name))
         if card.remote:  # it runs somewhere else: to reach it costs this machine nothing
             await asyncio.sleep(takes_s)
         else:
             with self.machine.loading(profile.load_j, takes_s):
                 await asyncio.sleep(takes_s)
-        return RunningSimulation(self, self.machine.make(profile, apart=card.remote), card)
+        return RunningSimulation(self, self.machine.make(profile, apart=card.remote), card, carried)
+
+    def _with_adapters(self, base: str, adapters: Sequence[str]) -> ModelProfile:
+        """What one engine costs: its base, and what each adapter adds. Raises LoadFailed for a stranger."""
+        for name in (base, *adapters):
+            if name not in self._profile.models:
+                raise LoadFailed(f"{name}: the profile does not know this model")
+        found = self._profile.models[base]
+        more = [self._profile.models[name] for name in adapters]
+        return replace(
+            found,
+            memory_bytes=found.memory_bytes + sum(model.memory_bytes for model in more),
+            load_s=found.load_s + sum(model.load_s for model in more),
+            load_j=found.load_j + sum(model.load_j for model in more),
+        )
 
     def _draw(self, model: str) -> float:
         """Standard normal, for the n-th load of a model the same whatever else is loaded."""
@@ -88,20 +130,25 @@ class SimulatedBackend:
 class SimulatedUpstream:
     """An Upstream into the engines of the machine."""
 
-    def __init__(self, machine: SimulatedMachine, outcomes: Outcomes) -> None:
+    def __init__(
+        self, machine: SimulatedMachine, outcomes: Outcomes, hosts: Mapping[str, str] | None = None
+    ) -> None:
+        """`hosts`: whose engine serves each model, where that is another's."""
         self._machine = machine
         self._outcomes = outcomes
+        self._hosts = hosts or {}
         self.sent: Counter[str] = Counter()
-        """Requests that reached an engine, by model."""
+        """Requests that reached an engine, by the model whose engine it is."""
 
     @asynccontextmanager
     async def post(self, endpoint: Endpoint, path: str, body: bytes) -> AsyncIterator[UpstreamReply]:
         engine = self._machine.engines.get(int(endpoint.base_url))
         if engine is None:
             raise NotReached(f"{endpoint.model} is no longer in memory")
-        self.sent[endpoint.model] += 1
+        self.sent[self._hosts.get(endpoint.model, endpoint.model)] += 1
         reply = SimulatedReply(self._outcomes, engine, body.decode(), endpoint.model)
         engine.admit(reply.work)
+        engine.read.add(endpoint.model)
         try:
             yield reply
         finally:
@@ -109,20 +156,24 @@ class SimulatedUpstream:
 
 
 class SimulatedReply:
-    """An UpstreamReply: two events of a llama.cpp stream."""
+    """An UpstreamReply: two events of a llama.cpp stream.
+
+    An adapter reads and writes at its own rates, next to others at theirs; it shares nothing they have cached.
+    """
 
     status = 200
     content_type = "text/event-stream"
 
     def __init__(self, outcomes: Outcomes, engine: SimulatedEngine, request_id: str, model: str) -> None:
-        profile = engine.profile
+        profile = outcomes.profile(model)
         self._answer = outcomes.of(request_id, model)
-        held = profile.cached_tokens if engine.served else 0.0
+        held = profile.cached_tokens if model in engine.read else 0.0
         self._cached = int(min(held, self._answer.prompt_tokens - 1))
         uncached = self._answer.prompt_tokens - self._cached
         prefill_s = profile.overhead_s + uncached / profile.prefill_tps
         stretch = self._answer.stretch
-        self.work = Work(prefill_s * stretch, self._answer.output_tokens, stretch)
+        slower = engine.profile.decode_tps["1"] / profile.decode_tps["1"]
+        self.work = Work(prefill_s * stretch, self._answer.output_tokens, stretch * slower)
 
     async def read(self) -> bytes:
         return b"".join([chunk async for chunk in self.chunks()])

@@ -24,6 +24,7 @@ from calm.loop import Orchestrator, Parts, Steering
 from calm.meters.ledger import EnergyLedger
 from calm.monitor.window import Workload as Window
 from calm.plan import goals as goal_book
+from calm.plan.engines import families
 from calm.plan.floor import tuning_for
 from calm.plan.policies import make_policy
 from calm.ports import Embedder, Policy
@@ -87,13 +88,15 @@ def run_trial(
     if setup.cache.partition(":")[0] == "belady":
         count = belady_count(setup.cache)
         first = FIRST_PASS_CACHE if count is None else f"{FIRST_PASS_CACHE}:{count}"
-        order = choices(_simulate(house, workload, replace(setup, cache=first), (), warm))
+        hosts = {name: card.host for name, card in house.fleet.items()}
+        order = choices(_simulate(house, workload, replace(setup, cache=first), (), warm), hosts)
     return replace(_simulate(house, workload, setup, order, warm, watch), setup=setup)
 
 
-def choices(trial: Trial) -> tuple[str, ...]:
-    """Who served, in the order of arrival; a request that was turned away or given up is no use of a model."""
-    return tuple(row.model for row in trial.rows if row.model is not None and row.status == "ok")
+def choices(trial: Trial, hosts: Mapping[str, str]) -> tuple[str, ...]:
+    """Whose engine served, in the order of arrival; a request that was turned away or given up is no use of it."""
+    served = (row.model for row in trial.rows if row.model is not None and row.status == "ok")
+    return tuple(hosts.get(model, model) for model in served)
 
 
 def _simulate(
@@ -129,12 +132,15 @@ class _Trial:
         self.house, self.workload, self.setup, self.clock = house, workload, setup, clock
         self.log = _Log()
         self.fleet = fleet_for(house.fleet, house.profile)
+        self.families = families(self.fleet)
         self.outcomes = Outcomes(house.profile, workload.seed, house.max_tokens)
         self.rated: set[str] = set()
         """Requests whose answers are rated, if they are answered."""
         self.started_s = 0.0
         self.machine = SimulatedMachine(house.profile.machine, clock)
-        self.upstream = SimulatedUpstream(self.machine, self.outcomes)
+        self.upstream = SimulatedUpstream(
+            self.machine, self.outcomes, {name: card.host for name, card in self.fleet.items()}
+        )
         self.executor = self._executor(order)
         self.loop = self._loop()
 
@@ -225,7 +231,8 @@ class _Trial:
     async def run(self, warm: Workload | None) -> Trial:
         self.loop.use_fleet(self.fleet)
         if self.setup.cache == "none":
-            await asyncio.gather(*(self.executor.load(n) for n, c in self.fleet.items() if not c.remote))
+            local = (host for host in self.families if not self.fleet[host].remote)
+            await asyncio.gather(*map(self.executor.load, local))
         adapting = asyncio.create_task(self._adapt())
         if warm is not None:
             await self._offer(warm, (True,) * len(warm.queries))
@@ -279,8 +286,11 @@ class _Trial:
     # --- what happened ---
 
     def _moved(self, model: str, old: Residency, new: Residency, at_s: float, detail: str | None) -> None:
+        """A base moves with its adapters: each has its lane, the load is one."""
         self.loop.moved(model, old, new)
-        self.log.moves.append(Move(at_s=at_s, model=model, old=old, new=new))
+        self.log.moves += [
+            Move(at_s=at_s, model=card.name, old=old, new=new) for card in self.families.get(model, ())
+        ]
         self.log.peak_bytes = max(self.log.peak_bytes, self.executor.used_bytes)
 
     def _sample(self) -> None:
@@ -326,7 +336,7 @@ class _Trial:
             duration_s=self.clock.now() - self.started_s,
             budget_bytes=self.executor.budget_bytes,
             peak_bytes=log.peak_bytes,
-            loads=sum(move.new == "loading" for move in moves),
+            loads=sum(move.new == "loading" and move.model in self.families for move in moves),
             energy_j=energy_j,
             meter=METER,
         )
@@ -336,7 +346,7 @@ class _Trial:
 
 
 def whole_fleet_bytes(house: House) -> int:
-    """Room for every model at once, hints and real sizes."""
+    """Room for every model at once, hints and real sizes; an adapter's is what it adds to its base."""
     models = house.profile.models
     return sum(
         max(models[name].memory_bytes, card.memory_hint_bytes or 0)

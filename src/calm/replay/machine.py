@@ -54,7 +54,8 @@ class SimulatedEngine:
         self.apart = apart
         """On another machine: neither slows the engines of this one nor is slowed by them."""
         self.joules = 0.0
-        self.served = 0
+        self.read: set[str] = set()
+        """Models, the base or its adapters, for which it has begun to read a prompt."""
         self._machine = machine
         self._counts, self._rates = rates(profile)
         self._reading: deque[Work] = deque()
@@ -73,7 +74,6 @@ class SimulatedEngine:
         was_active = self.active
         self._reading.append(work)
         self._begin_reading()
-        self.served += 1
         if was_active:
             self._schedule()
         else:

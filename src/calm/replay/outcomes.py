@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from random import Random
 
-from calm.profile import Profile
+from calm.profile import ModelProfile, Profile
 from calm.records import Record
 from calm.workloads.records import Query
 
@@ -43,6 +43,9 @@ class Outcomes:
     def know(self, queries: Mapping[str, Query]) -> None:
         """The queries, by the id of the request that asks them."""
         self._queries.update(queries)
+
+    def profile(self, model: str) -> ModelProfile:
+        return self._models[model]
 
     def query(self, request_id: str) -> Query:
         return self._queries[request_id]

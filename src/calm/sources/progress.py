@@ -1,4 +1,4 @@
-"""How a download shows itself: a small Protocol, bars on a terminal, plain lines in a log."""
+"""How a fetch and a conversion show themselves: a small Protocol, bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
 
 
-class Progress(Protocol):
-    """Hears about one fetch. A fetch of several archives starts and ends several times in a row."""
+FETCHING = "fetching"
 
-    def on_start(self, name: str, total: int | None) -> None:
+
+class Progress(Protocol):
+    """Hears about one fetch. A fetch of several archives starts and ends several times in a row, and so does
+    one whose file is converted afterwards."""
+
+    def on_start(self, name: str, total: int | None, doing: str = FETCHING) -> None:
         """`total` bytes are expected, None when the server does not say. A resumed transfer then advances at
-        once by what is there already."""
+        once by what is there already. `doing` is what is being done, in a word or two."""
         ...
 
     def on_advance(self, n: int) -> None:
@@ -29,7 +33,7 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def on_start(self, name: str, total: int | None) -> None:
+    def on_start(self, name: str, total: int | None, doing: str = FETCHING) -> None:
         pass
 
     def on_advance(self, n: int) -> None:
@@ -68,8 +72,9 @@ class RichLine:
         self._bars = bars
         self._task = bars.add_task("", visible=False, start=False)
 
-    def on_start(self, name: str, total: int | None) -> None:
-        self._bars.reset(self._task, description=name, total=total, visible=True)
+    def on_start(self, name: str, total: int | None, doing: str = FETCHING) -> None:
+        description = name if doing == FETCHING else f"{name}, {doing}"
+        self._bars.reset(self._task, description=description, total=total, visible=True)
 
     def on_advance(self, n: int) -> None:
         self._bars.advance(self._task, n)
@@ -88,9 +93,9 @@ class PlainLines:
         self._have = 0
         self._quarter = 0
 
-    def on_start(self, name: str, total: int | None) -> None:
+    def on_start(self, name: str, total: int | None, doing: str = FETCHING) -> None:
         self._name, self._total, self._have, self._quarter = name, total, 0, 0
-        self._say("fetching" + (f" {megabytes(total)}" if total else ""))
+        self._say(doing + (f" {megabytes(total)}" if total else ""))
 
     def on_advance(self, n: int) -> None:
         self._have += n

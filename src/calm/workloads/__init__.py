@@ -8,6 +8,7 @@ sets.py       domain sets of a data directory
 tables.py     routing tables: the quality of every model on every query
 answers.py    answers files: what each model said when it was asked for real
 rows.py       one shape for the rows of sets and tables, and their subjects as CALM's domains
+held_out.py   which rows are trained on, tuned on, and only measured
 names.py      which model of a table is which of the fleet's
 prompts.py    a row -> what a user would type
 judge.py      an answer and what was right -> quality 0..1

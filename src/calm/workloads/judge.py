@@ -118,13 +118,22 @@ def _lone_letter(answer: str, letters: str) -> str | None:
 
 def _label(query: Query, right: str, answer: str) -> float:
     labels = [plain(label) for label in query.choices or (right,)]
-    return float(only_one_in(answer, labels) == plain(right))
+    return float((sentence_alone(answer, labels) or only_one_in(answer, labels)) == plain(right))
 
 
 def _verdict(query: Query, right: str, answer: str) -> float:
     words = "|".join(re.escape(word) for word in ("yes", "no", "maybe"))
     found = re.search(rf"(?i)\b(?:{words})\b", answer)
     return float(found is not None and found[0].lower() == right.strip().lower())
+
+
+def sentence_alone(answer: str, labels: Sequence[str]) -> str | None:
+    """The plain label that is all of the first line up to its first full stop, colon, semicolon or bracket.
+
+    `up. It will not go down.` says up; a comma goes on with the list: `up, down` says nothing.
+    """
+    head = plain(re.split(r"[.:;!(]", first_line(answer), maxsplit=1)[0])
+    return head if head in labels else None
 
 
 def only_one_in(answer: str, labels: Sequence[str]) -> str | None:
