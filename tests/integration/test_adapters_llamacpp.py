@@ -44,12 +44,15 @@ def smollm2() -> Path:
     return found[0]
 
 
-def write_adapter(path: Path, base: Path, seed: int, architecture: str | None = None) -> Path:
+def write_adapter(
+    path: Path, base: Path, seed: int, architecture: str | None = None, strength: float = 1.0
+) -> Path:
+    """A random change of some projections; 1 changes many answers, 3 nearly all."""
     header, random = read_header(base), np.random.default_rng(seed)
     writer = GGUFWriter(path, architecture or header.architecture or "")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(RANK))
+    writer.add_float32("adapter.lora.alpha", strength * RANK)
     for name, tensor in header.tensors.items():
         if name.endswith(("attn_q.weight", "attn_output.weight", "ffn_up.weight")):
             width, rows = tensor.shape

@@ -50,7 +50,7 @@ def test_a_real_model_is_measured(fleet: Path, tmp_path: Path) -> None:
     assert card.memory_hint_bytes / 2 < model.memory_bytes < 2 * card.memory_hint_bytes
     assert 0 < model.unload_s < model.load_s
     assert 5 < model.template_tokens < 60, "ChatML around every prompt"
-    assert 0 < model.cached_tokens <= model.template_tokens
+    assert 0 <= model.cached_tokens <= model.template_tokens
     assert 0.1 < model.tokens_per_char < 0.5
     assert model.output_tokens["default"].mean >= 1
     assert found.machine.cores >= 1

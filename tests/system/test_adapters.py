@@ -56,7 +56,7 @@ def test_specialists_share_one_engine_and_answer_as_themselves(launch: Launch, t
     weights = base_weights(server)
     before = [answer(server, SMOL, question) for question in QUESTIONS]
     for seed, name in enumerate(("finance", "sql")):
-        add_adapter(server, name, write_adapter(tmp_path / f"{name}.gguf", weights, seed))
+        add_adapter(server, name, write_adapter(tmp_path / f"{name}.gguf", weights, seed, strength=3.0))
     add_adapter(server, "odd", write_adapter(tmp_path / "odd.gguf", weights, 3, architecture="gemma3"))
     eventually("the specialists in the fleet", lambda: model(server, "sql") and model(server, "odd"))
     jobs = [(name, question) for question in QUESTIONS for name in (SMOL, "finance", "sql")]

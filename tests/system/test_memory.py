@@ -22,8 +22,8 @@ def tight(launch: Launch) -> Iterator[tuple[Server, Background]]:
     Weights are read and not mapped, because pages that another process maps too count for each of them in
     part, and whether the shared server of the session runs must not decide what fits.
     """
-    server = launch(environment={"CALM_MEMORY__BUDGET": f"{BUDGET_MB}MB"}, start=False)
-    for card in server.fleet.iterdir():
+    server = launch(*ALL, environment={"CALM_MEMORY__BUDGET": f"{BUDGET_MB}MB"}, start=False)
+    for card in server.fleet.glob("*.toml"):
         text = card.read_text(encoding="utf-8")
         assert 'kind = "llamacpp"' in text
         own = 'options = {load_mode = "none"}\nkind = "llamacpp"'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -222,7 +223,9 @@ def test_tools_reach_a_model_whose_card_declares_them(launch: Launch) -> None:
     """The tool's definition stands in the prompt, and whatever a model this small says has OpenAI's shape."""
     server = launch(SMOL, start=False)
     card = server.fleet / f"{SMOL}.toml"
-    text = card.read_text(encoding="utf-8").replace("[chat]\n", "[chat]\n" + TOOL_TEMPLATE.lstrip(), 1)
+    text = re.sub(
+        r"\ntemplate = '''.*?'''\n", lambda _: TOOL_TEMPLATE, card.read_text(encoding="utf-8"), flags=re.S
+    )
     lines = [
         f'{line.split("]")[0]}, "tools"]' if line.startswith("capabilities") else line
         for line in text.split("\n")
