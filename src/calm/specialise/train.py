@@ -9,6 +9,7 @@ loss. Training stops early when `patience` checks brought nothing better.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from calm.specialise.recipe import Check, Recipe
 SHORT_ANSWER = 16
 """Mean tokens of an answer up to which exact answers decide, not the loss."""
 SAVE_EVERY_S = 60.0
+TRIM_EVERY = 16
+"""Steps between two returns of freed memory to the system."""
 CHECK_COST = 4
 """Tokens learned at least for each token read at a check (which costs half as much, having no gradient)."""
 LOGITS = 1 << 25
@@ -94,6 +97,8 @@ class Trainer:
                 if self.progress.step % self._check_steps == 0 or self.progress.step == self.steps:
                     self._check()
                 watch(self.progress, self.steps)
+                if self.progress.step % TRIM_EVERY == 0:
+                    give_memory_back()
                 if time.monotonic() - self._saved_at > SAVE_EVERY_S:
                     self._save()
         finally:
@@ -237,6 +242,14 @@ def read_answers(model: Decoder, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor
 def logits_at_once(model: Decoder) -> int:
     """Answer tokens whose logits are held at once, so that a large vocabulary does not fill memory."""
     return max(1, LOGITS // model.weights["token_embd.weight"].shape[0])
+
+
+def give_memory_back() -> None:
+    """Free pages to the system, where the C library is glibc: pieces of ever other sizes leave holes in its heap,
+    and without this the resident size grew from 2 to 5 GB in ten minutes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
