@@ -21,7 +21,7 @@ import msgspec
 from calm.errors import BadInput
 from calm.records import Record
 from calm.workloads.files import numbered_lines
-from calm.workloads.held_out import Part, place_of, split_of
+from calm.workloads.held_out import Part, group_of, place_of, split_of
 from calm.workloads.prompts import render
 from calm.workloads.queries import query_of
 from calm.workloads.records import Query
@@ -97,7 +97,7 @@ def _read(path: Path, held_out: float) -> Iterator[Example | BadRow]:
         except BadInput as error:
             yield BadRow(where=where, reason=error.message.removeprefix(f"{path}:{number}: "))
     labelled = with_labels(tuple(row for _, row in schema))
-    yield from (_asked(where, row) for (where, _), row in zip(schema, labelled, strict=True))
+    yield from (_asked(where, row, held_out) for (where, _), row in zip(schema, labelled, strict=True))
 
 
 # --- the schema of the domain sets ------------------------------------------------------------------
@@ -112,14 +112,21 @@ def _schema_row(line: Mapping[str, object], path: Path, number: int) -> Row:
     return row
 
 
-def _asked(where: str, row: Row) -> Example:
+def _asked(where: str, row: Row, held_out: float) -> Example:
     return Example(
         where=where,
         messages=(Message(role="user", content=render(row)),),
         answer=_taught(row),
-        part=split_of(row),
+        part=_part(row, held_out),
         query=query_of(row),
     )
+
+
+def _part(row: Row, held_out: float) -> Part:
+    """The benchmarks' rule where the row names a split, else a share of its own."""
+    if row.split is not None:
+        return split_of(row)
+    return "validation" if place_of(group_of(row)) < held_out else "train"
 
 
 def _taught(row: Row) -> str:
