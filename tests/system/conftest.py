@@ -39,6 +39,8 @@ PATIENCE_S = 60.0
 """How long anything may take before a test gives up; nothing is ever asserted about how long it took."""
 
 SMOL, GEMMA, TINY = "smollm2-135m", "gemma-3-270m", "tinyllama-1.1b"
+CHATTERS = frozenset(name for name, card in load_fleet(FLEET).fleet.items() if "chat" in card.capabilities)
+"""Who may answer a plain question: the bases and their specialists."""
 
 T = TypeVar("T")
 Json = dict[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import openai
 import pytest
-from tests.system.conftest import GEMMA, SMOL, TINY, Json, Server
+from tests.system.conftest import CHATTERS, GEMMA, SMOL, Json, Server
 
 pytestmark = pytest.mark.models
 
@@ -46,7 +46,7 @@ def test_explain_has_estimates_beside_the_outcome(server: Server) -> None:
     chosen = response.headers["x-calm-model"]
     decision, outcome = record["decision"], record["outcome"]
     assert decision["ranked"][0]["model"] == chosen == outcome["model"]
-    assert set(decision["estimates"]) == {SMOL, GEMMA, TINY}
+    assert set(decision["estimates"]) == CHATTERS
     for estimate in decision["estimates"].values():
         for quantity in ("ttft_s", "total_s", "output_tokens", "energy_j", "quality"):
             assert estimate[quantity]["mean"] > 0
@@ -133,8 +133,8 @@ def test_policies_change_while_running(server: Server, policy: Callable[..., Jso
     assert policy(policy=f"fixed:{GEMMA}")["policy"] == f"fixed:{GEMMA}"
     assert server.chat(PROMPT, max_tokens=1).headers["x-calm-model"] == GEMMA
     policy(policy="round-robin")
-    served = {server.chat(PROMPT, max_tokens=1).headers["x-calm-model"] for _ in range(3)}
-    assert served == {SMOL, GEMMA, TINY}
+    served = {server.chat(PROMPT, max_tokens=1).headers["x-calm-model"] for _ in CHATTERS}
+    assert served == CHATTERS
     policy(policy="random:3")
     assert server.chat(PROMPT, max_tokens=1).status_code == 200
     policy(policy="least-loaded")

@@ -122,7 +122,8 @@ def specialise(
             base=card,
             weights=weights_of(card, directory),
             origin=Origin(
-                name=name, base=base, description=description, data=tuple(path.name for path in data_files),
+                name=name, base=base, base_licence=card.source.licence if card.source else None,
+                description=description, data=tuple(path.name for path in data_files),
                 data_licence=data_licence, limits=limits, rows=len(examples.of("train")),
                 held_out=len(examples.of("validation")), bad=len(examples.bad),
                 command=command(base, data_files, name, recipe),

@@ -12,6 +12,8 @@ from calm.specialise.recipe import Check, Recipe
 
 FOLDER = "adapters"
 """Beside the cards."""
+OUT_OF_FIELD = 0.1
+"""Quality expected of a specialist elsewhere: it answers everything in the form of its own field."""
 
 
 class Origin(Record, frozen=True, kw_only=True):
@@ -19,6 +21,7 @@ class Origin(Record, frozen=True, kw_only=True):
 
     name: str
     base: str
+    base_licence: str | None
     description: str
     data: tuple[str, ...]
     """Names of the files, without their directories."""
@@ -60,7 +63,6 @@ def domains_of(scores: Sequence[Scores], name: str) -> dict[str, float]:
 def card_text(origin: Origin, made: Made) -> str:
     """The card `NAME.toml`, ready to be edited."""
     domains = domains_of(made.scores, origin.name)
-    default = round(0.5 * min(domains.values(), default=0.5), 3)
     lines = [
         "#:schema ../docs/schema/model-card.schema.json",
         "#",
@@ -75,6 +77,7 @@ def card_text(origin: Origin, made: Made) -> str:
         f'parts = ["file:{FOLDER}/{origin.name}.gguf"]',
         f'sha256 = "{made.sha256}"',
         f"bytes = {made.size_bytes:_}",
+        *([f"licence = {_quoted(origin.base_licence)}   # the base's"] if origin.base_licence else []),
         "",
         "[priors]",
         f"output_tokens = {made.answer_tokens:.1f}",
@@ -82,7 +85,7 @@ def card_text(origin: Origin, made: Made) -> str:
         "# Measured on held-out rows; `default` is for questions outside its field.",
         "[priors.quality]",
         *(f"{_quoted(domain)} = {quality}" for domain, quality in domains.items()),
-        f"default = {default}",
+        f"default = {OUT_OF_FIELD}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -103,7 +106,8 @@ def model_card(origin: Origin, made: Made, recipe: Recipe) -> str:
             + (f", {origin.bad:,} left out as unusable" if origin.bad else "")
             + ". Rows of a test split were not read.",
             "",
-            f"Licence of the data: {origin.data_licence or 'not stated'}.",
+            f"Licence of the data: {origin.data_licence or 'not stated'}. Licence of the base: "
+            f"{origin.base_licence or 'not stated'}.",
             "",
             "## Figures",
             "",
