@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import openai
 import pytest
-from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Server
+from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Launch, Server
 
 from calm.registry import load_fleet
 
@@ -44,20 +45,24 @@ WEATHER = {
 
 
 def test_the_tables_leave_out_no_model() -> None:
-    asked = {model for model, _, _ in (*ANSWERS, *SPECIALISTS)} | {NEEDLE}
+    asked = {model for model, _, _ in ANSWERS} | {NEEDLE}
     assert asked == set(load_fleet(FLEET).fleet)
 
 
-@pytest.mark.parametrize(("model", "question", "label"), SPECIALISTS)
-def test_specialists_answer_what_they_were_trained_for(
-    client: openai.OpenAI, model: str, question: str, label: str
-) -> None:
-    answer = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=32
-    )
-    assert answer.choices[0].message.content == label
-    assert answer.choices[0].finish_reason == "stop"
-    assert answer.model == model
+def test_specialists_answer_what_they_were_trained_for(launch: Launch) -> None:
+    """Their cards lie beside the adapters; copied into the fleet they serve."""
+    server = launch(SMOL, start=False)
+    for name in {name for name, _, _ in SPECIALISTS}:
+        shutil.copy(FLEET / "adapters" / f"{name}.toml", server.fleet)
+    server.start()
+    with server.openai() as client:
+        for model, question, label in SPECIALISTS:
+            answer = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=32
+            )
+            assert answer.choices[0].message.content == label
+            assert answer.choices[0].finish_reason == "stop"
+            assert answer.model == model
 
 
 def test_a_question_with_tools_goes_to_who_calls_them(client: openai.OpenAI) -> None:

@@ -96,9 +96,15 @@ def rank(
     request: Ask | None = None,
     tuning: Tuning | None = None,
     remote: tuple[str, ...] = (),
+    adapters: tuple[str, ...] = (),
 ) -> dict[str, Candidate]:
     cards = {
-        e.model: ModelCard(name=e.model, description="", placement="remote" if e.model in remote else "local")
+        e.model: ModelCard(
+            name=e.model,
+            description="",
+            placement="remote" if e.model in remote else "local",
+            adapter_of="base" if e.model in adapters else None,
+        )
         for e in estimates
     }
     found = {e.model: e for e in estimates}
@@ -114,6 +120,21 @@ def regret(candidate: Candidate, name: str) -> float:
 
 def term_names(candidate: Candidate) -> list[str]:
     return [term.name for term in candidate.terms]
+
+
+def test_a_specialist_out_of_its_field_promises_no_answer() -> None:
+    """It is always quick: its two words would else outrun a whole answer of a weak generalist."""
+    general, quick = (
+        estimate("general", total_s=0.9, quality=0.32),
+        estimate("quick", total_s=0.15, quality=0.14),
+    )
+    balanced = Weights(latency=0.3, energy=0.2, quality=0.5)
+    ranked = rank(general, quick, weights=balanced, adapters=("quick",))
+    assert regret(ranked["quick"], "quality") == 1.0
+    assert next(iter(ranked)) == "general"
+    assert next(iter(rank(general, quick, weights=balanced))) == "quick"  # any other model is weighed as ever
+    near = rank(general, estimate("quick", total_s=0.15, quality=0.16), weights=balanced, adapters=("quick",))
+    assert regret(near["quick"], "quality") == pytest.approx(0.16)
 
 
 def test_four_octaves_of_latency_weigh_as_much_as_all_quality() -> None:

@@ -138,7 +138,12 @@ def state(draw: random.Random, name: str) -> ModelState:
 def fleet(draw: random.Random, size: int) -> tuple[dict[str, ModelCard], Table, Snapshot]:
     names = [f"m{i}" for i in draw.sample(range(1000), size)]
     cards = {
-        name: ModelCard(name=name, description="", placement=draw.choice(("local", "remote")))
+        name: ModelCard(
+            name=name,
+            description="",
+            placement=draw.choice(("local", "remote")),
+            adapter_of=draw.choice((None, None, "base")),
+        )
         for name in names
     }
     states = {name: state(draw, name) for name in names if draw.random() < 0.9}

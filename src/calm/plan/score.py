@@ -2,6 +2,7 @@
 
     score(m) = sum_t w_t * regret_t(m)            weights divided by their sum; lower is better
     regret_quality = q_best - q_m                 q = mean + exploration * sd, at most 1
+                     1 for a specialist out of its field: an adapter with q_m < q_best / 2
     regret_latency = log2(L_m / L_best) / 4       at most 2; L = total seconds, risk-averse under a deadline
     regret_energy, regret_cost                    the same ratio in joules and dollars
     regret_others  = log2((L_m + D_m) / L_m) / 4  D = seconds that choosing m costs other requests
@@ -10,6 +11,9 @@ latency + others is log2((L_m + D_m) / L_best) / 4: what others lose has the lat
 the reloads of what is evicted for m; and whoever comes while this request waits stands behind it and waits for
 its load and service too, which by Little's law are (arrival rate x wait) / (requests served side by side). Without a
 queue that is nothing; in overload it is what decides, where every model's own latency is the same long wait.
+
+A specialist answers everything in the form of its own field, and quickly: "Why is the sky blue?" with "blue". Where it
+promises less than half of what another model does, that is no answer, whatever it saves.
 
 Ratios and not absolute values, because absolute seconds saturate exactly when it matters
 (docs/decisions/0005-qos-score.md).
@@ -43,6 +47,10 @@ from calm.records import (
 
 OCTAVES = 4.0
 """Doublings of latency, joules or dollars that weigh as much as the whole range of quality."""
+IN_FIELD = 0.5
+"""Share of the best candidate's quality below which a specialist is out of its field."""
+STRAYED = 1.0
+"""Quality regret of a specialist out of its field: that of no answer at all."""
 CAP = 2.0
 """A ratio's largest regret: beyond eight doublings a model is out of the question anyway."""
 FLOOR_S = 0.01
@@ -120,7 +128,8 @@ def _columns(
         columns.append(_ratio("energy", weights.energy, joules, FLOOR_J))
     if weights.quality > 0:
         qualities = [None if e is None else _optimistic(e.quality, tuning.exploration) for e in found]
-        columns.append(_quality(weights.quality, qualities))
+        adapters = [card.adapter_of is not None for card in cards.values()]
+        columns.append(_quality(weights.quality, qualities, adapters))
     if weights.cost > 0:
         dollars = [e if e is None else _dollars(e, c) for e, c in zip(found, cards.values(), strict=True)]
         columns.append(_ratio("cost", weights.cost, dollars, FLOOR_USD))
@@ -150,12 +159,17 @@ def _octaves(values: Sequence[float], best: float) -> list[float]:
     return [d / OCTAVES if d < cap else CAP for d in doublings]
 
 
-def _quality(weight: float, values: Sequence[float | None]) -> _Column | None:
+def _quality(weight: float, values: Sequence[float | None], adapters: Sequence[bool]) -> _Column | None:
     known = _without_none(values)
     if not known:
         return None
     best, worst = max(known), min(known)
-    return _Column("quality", weight, values, [best - (worst if v is None else v) for v in values])
+    filled = [worst if value is None else value for value in values]
+    regrets = [
+        STRAYED if adapter and value < IN_FIELD * best else best - value
+        for value, adapter in zip(filled, adapters, strict=True)
+    ]
+    return _Column("quality", weight, values, regrets)
 
 
 def _others(weight: float, seconds: Sequence[float | None], lost: Sequence[float] | None) -> _Column | None:

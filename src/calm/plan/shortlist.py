@@ -20,6 +20,7 @@ from itertools import compress
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calm.plan.columns import Array, Columns, columns_of
 from calm.plan.feasible import price_of
@@ -28,7 +29,9 @@ from calm.plan.score import (
     FLOOR_J,
     FLOOR_S,
     FLOOR_USD,
+    IN_FIELD,
     OCTAVES,
+    STRAYED,
     Tuning,
     behind_per_s,
     displaced_s,
@@ -127,7 +130,9 @@ def _parts(
     if weights.energy > 0:
         yield _ratio("energy", weights.energy, _finite(columns.energy_j), FLOOR_J)
     if weights.quality > 0:
-        yield _quality(weights.quality, _finite(columns.quality + tuning.exploration * columns.quality_sd))
+        qualities = _finite(columns.quality + tuning.exploration * columns.quality_sd)
+        adapters = np.array([card.adapter_of is not None for card in cards.values()])
+        yield _quality(weights.quality, qualities, adapters)
     if weights.cost > 0:
         yield _ratio("cost", weights.cost, _dollars(columns, cards), FLOOR_USD)
 
@@ -159,12 +164,14 @@ def _others(weight: float, seconds: Array, lost_s: Array | None) -> _Part | None
     return _Part("others", weight, lost_s, _octaves(1.0 + lost_s / np.fmax(seconds, FLOOR_S), 1.0))
 
 
-def _quality(weight: float, values: Array) -> _Part | None:
+def _quality(weight: float, values: Array, adapters: NDArray[np.bool_]) -> _Part | None:
     values = np.minimum(np.maximum(values, 0.0), 1.0)
     known = values[~np.isnan(values)]
     if not len(known):
         return None
-    return _Part("quality", weight, values, known.max() - np.where(np.isnan(values), known.min(), values))
+    best, filled = known.max(), np.where(np.isnan(values), known.min(), values)
+    strayed = adapters & (filled < IN_FIELD * best)
+    return _Part("quality", weight, values, np.where(strayed, STRAYED, best - filled))
 
 
 def _pessimistic(columns: Columns, risk: float) -> Array:
