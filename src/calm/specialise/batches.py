@@ -9,6 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 POOL = 12
 """Steps whose rows are sorted together: more is less mixing, fewer is more unevenness."""
@@ -24,6 +27,17 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+def spread(rows: Sequence[T], most: int) -> list[T]:
+    """At most so many rows, evenly over the file: files are often sorted.
+
+    >>> spread("abcdef", 3)
+    ['a', 'c', 'e']
+    """
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * len(rows) // most] for i in range(most)]
 
 
 def epoch(rows: Sequence[Tokens], per_step: int, seed: int, number: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -82,12 +82,21 @@ def card_text(origin: Origin, made: Made) -> str:
         "[priors]",
         f"output_tokens = {made.answer_tokens:.1f}",
         "",
+        *_quality(domains),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quality(domains: Mapping[str, float]) -> list[str]:
+    """Nothing where no answer could be judged: then ratings have to teach it."""
+    if not domains:
+        return ["# Its answers could not be judged, so nothing is claimed of their quality."]
+    return [
         "# Measured on held-out rows; `default` is for questions outside its field.",
         "[priors.quality]",
         *(f"{_quoted(domain)} = {quality}" for domain, quality in domains.items()),
         f"default = {OUT_OF_FIELD}",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def model_card(origin: Origin, made: Made, recipe: Recipe) -> str:

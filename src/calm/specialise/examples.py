@@ -12,7 +12,7 @@ with its line, never swallowed; when most rows are bad, the file is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -171,6 +171,3 @@ def _completion(line: Mapping[str, object]) -> tuple[tuple[Message, ...], str]:
         raise BadInput(f"it has {', '.join(line) or 'no keys'}; wanted: {KEYS}")
     prompt, answer = (msgspec.convert(line[key], str) for key in ("prompt", "completion"))
     return (Message(role="user", content=prompt),), answer
-
-
-Chosen = Callable[[Example], bool]

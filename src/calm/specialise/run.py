@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
+import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import msgspec
 
 from calm.errors import BadInput, CalmError
 from calm.records import AdapterFile, ModelCard, SourceSpec
-from calm.specialise.batches import Tokens
+from calm.specialise.batches import Tokens, spread
 from calm.specialise.card import FOLDER, Made, Origin, card_text, model_card, write_card
 from calm.specialise.engine import engine_of
 from calm.specialise.evaluation import Scores, evaluate
@@ -92,14 +92,15 @@ class Disagreement(CalmError):
 
 def specialise(job: Job, board: Board) -> Result:
     """Make a specialist. Raises BadInput, LoadFailed, Disagreement; Ctrl-C keeps the training for the same command."""
-    train, held_out, too_long = _tokenised(job, board)
+    read = _tokenised(job, board)
+    train, held_out = read.train, read.held_out
     model = _model(job)
-    home = job.state / fingerprint(job, train)
+    home = job.state / fingerprint(job, train, held_out)
     best, progress, steps = _trained(job, model, train, held_out, home, board)
-    adapter = job.directory / FOLDER / f"{job.origin.name}.gguf"
+    adapter = home / f"{job.origin.name}.gguf"
     _exported(job, model, best, adapter)
     most = min(MOST_ANSWER_TOKENS, max(len(row.answer) for row in train) + SPARE_TOKENS)
-    answered, scores = asyncio.run(_asked(job, adapter, most, board))
+    answered, scores = asyncio.run(_asked(job, read.asked, adapter, most, board))
     agreed = _agreed(model, answered, job.recipe.piece_tokens)
     assert progress.best is not None
     made = Made(
@@ -113,32 +114,42 @@ def specialise(job: Job, board: Board) -> Result:
         seconds=progress.seconds,
         answer_tokens=sum(len(row.answer) for row in train) / len(train),
     )
+    result = _written(job, made, adapter, read.too_long)
     shutil.rmtree(home, ignore_errors=True)
-    return _written(job, made, adapter, too_long)
+    return result
 
 
 # --- stages -----------------------------------------------------------------------------------------
 
 
-def _tokenised(job: Job, board: Board) -> tuple[list[Tokens], list[Tokens], tuple[str, ...]]:
+@dataclass(frozen=True)
+class Read:
+    """The rows as the engine reads them."""
+
+    train: list[Tokens]
+    held_out: list[Tokens]
+    asked: list[Example]
+    """The held-out rows in words, those that fit the context."""
+    too_long: tuple[str, ...]
+
+
+def _tokenised(job: Job, board: Board) -> Read:
     """What is learned, what is held out, and the rows that do not fit the context."""
-    parts = [job.examples.of("train"), job.examples.of("validation")]
-    rows = [row for part in parts for row in part]
+    rows = [*job.examples.of("train"), *job.examples.of("validation")]
 
     async def read() -> list[Tokens]:
         board.stage("reading rows with the engine's tokenizer", len(rows))
         async with engine_of(job.base, job.weights, job.threads, job.run_dir) as engine:
             return await engine.tokens(rows, board.advance)
 
-    read_rows = asyncio.run(read())
-    kept: list[list[Tokens]] = [[], []]
-    too_long = []
-    for place, (row, tokens) in enumerate(zip(rows, read_rows, strict=True)):
-        if len(tokens) > job.base.context:
-            too_long.append(row.where)
-        else:
-            kept[place >= len(parts[0])].append(tokens)
-    return kept[0], kept[1], tuple(too_long)
+    both = list(zip(rows, asyncio.run(read()), strict=True))
+    fit = [(row, tokens) for row, tokens in both if len(tokens) <= job.base.context]
+    return Read(
+        train=[tokens for row, tokens in fit if row.part == "train"],
+        held_out=[tokens for row, tokens in fit if row.part == "validation"],
+        asked=[row for row, _ in fit if row.part == "validation"],
+        too_long=tuple(row.where for row, tokens in both if len(tokens) > job.base.context),
+    )
 
 
 def _model(job: Job) -> Decoder:
@@ -171,14 +182,15 @@ def _exported(job: Job, model: Decoder, best: Mapping[str, Tensor], adapter: Pat
     about = {"name": job.origin.name, "description": job.origin.description}
     if job.origin.data_licence:
         about["license"] = job.origin.data_licence
-    adapter.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(adapter, model.shape.architecture, best, job.recipe.alpha, about)
 
 
-async def _asked(job: Job, adapter: Path, most: int, board: Board) -> tuple[list[Tokens], tuple[Scores, ...]]:
+async def _asked(
+    job: Job, held_out: Sequence[Example], adapter: Path, most: int, board: Board
+) -> tuple[list[Tokens], tuple[Scores, ...]]:
     """The engine's answers to held-out rows: as tokens for the agreement, judged for the card."""
     name = job.origin.name
-    rows = spread(job.examples.of("validation"), job.evaluated_rows)
+    rows = spread(held_out, job.evaluated_rows)
     board.stage(f"asking {name} and {job.base.name} on the engine", len(rows))
     carried = AdapterFile(card=_adapter_card(job), weights=adapter)
     async with engine_of(job.base, job.weights, job.threads, job.run_dir, [carried]) as engine:
@@ -186,7 +198,7 @@ async def _asked(job: Job, adapter: Path, most: int, board: Board) -> tuple[list
             raise Disagreement(f"the engine does not take the adapter: {reason}")
         asked = [
             await engine.answered(row, min(most, AGREEMENT_TOKENS), specialist=name)
-            for row in rows[:AGREEMENT_ROWS]
+            for row in spread(rows, AGREEMENT_ROWS)
         ]
         return asked, await evaluate(engine, rows, name, most, board.advance)
 
@@ -206,12 +218,15 @@ def _agreed(model: Decoder, answered: Sequence[Tokens], piece_tokens: int) -> fl
     return share
 
 
-def _written(job: Job, made: Made, adapter: Path, too_long: tuple[str, ...]) -> Result:
-    import resource
-
-    page = adapter.with_suffix(".md")
+def _written(job: Job, made: Made, trained: Path, too_long: tuple[str, ...]) -> Result:
+    """Into the fleet at last, the card after what it names: until now a specialist it replaces was untouched."""
+    adapter = job.directory / FOLDER / trained.name
+    page, card = adapter.with_suffix(".md"), job.directory / f"{job.origin.name}.toml"
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    arriving = adapter.with_name(f".{adapter.name}.partial")
+    shutil.copyfile(trained, arriving)
+    arriving.replace(adapter)
     write_card(page, model_card(job.origin, made, job.recipe))
-    card = job.directory / f"{job.origin.name}.toml"
     write_card(card, card_text(job.origin, made))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Result(card=card, adapter=adapter, page=page, made=made, too_long=too_long, peak_bytes=peak)
@@ -230,24 +245,12 @@ def _adapter_card(job: Job) -> ModelCard:
 # --- small decisions --------------------------------------------------------------------------------
 
 
-def spread(rows: Sequence[Example], most: int) -> list[Example]:
-    """At most so many rows, evenly over the file: files are often sorted.
-
-    >>> spread(list("abcdef"), 3)
-    ['a', 'c', 'e']
-    """
-    if len(rows) <= most:
-        return list(rows)
-    step = len(rows) / most
-    return [rows[math.floor(i * step)] for i in range(most)]
-
-
-def fingerprint(job: Job, train: Sequence[Tokens]) -> str:
+def fingerprint(job: Job, train: Sequence[Tokens], held_out: Sequence[Tokens]) -> str:
     """A digest of what decides the result."""
     source = job.base.source
     told = msgspec.json.encode([source, job.origin.name, msgspec.to_builtins(job.recipe)])
     digest = hashlib.sha256(told)
-    for row in train:
+    for row in (*train, *held_out):
         digest.update(repr((row.prompt, row.answer)).encode())
     return digest.hexdigest()[:32]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calm.errors import BadInput
-from calm.specialise.batches import Tokens, epoch, pieces
+from calm.specialise.batches import Tokens, epoch, pieces, spread
 from calm.specialise.model import Decoder, Rows
 from calm.specialise.recipe import Check, Recipe
 
@@ -70,9 +70,11 @@ class Trainer:
         if not train or not held_out:
             raise BadInput("training needs rows to learn and rows held out", field="data")
         self.model, self.recipe = model, recipe
-        self.train, self.held_out = train, list(held_out)[: recipe.held_out_rows]
+        self.train, self.held_out = train, spread(held_out, recipe.held_out_rows)
         self.progress = Progress()
         self._home = home
+        self._epoch: tuple[int, list[list[int]]] | None = None
+        """Number and steps of the epoch under way."""
         self._optimiser = torch.optim.AdamW(
             model.pairs.parameters(), lr=recipe.learning_rate, weight_decay=0.0
         )
@@ -117,10 +119,9 @@ class Trainer:
     def _one_step(self) -> None:
         began = time.monotonic()
         number, place = divmod(self.progress.step, self.steps_per_epoch)
-        chosen = [
-            self.train[i]
-            for i in epoch(self.train, self.recipe.rows_per_step, self.recipe.seed, number)[place]
-        ]
+        if self._epoch is None or self._epoch[0] != number:
+            self._epoch = number, epoch(self.train, self.recipe.rows_per_step, self.recipe.seed, number)
+        chosen = [self.train[i] for i in self._epoch[1][place]]
         answers = sum(len(row.answer) for row in chosen)
         total = sum(self._learn(piece, answers) for piece in pieces(chosen, self.recipe.piece_tokens))
         torch.nn.utils.clip_grad_norm_(self.model.pairs.parameters(), self.recipe.clip)
