@@ -12,7 +12,7 @@ LOCKUV  := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate
 .DEFAULT_GOAL := help
 .PHONY: help serve test check format lock weights reference clean train-env adapters \
         bench-gateway bench-decision bench-threads bench-soak bench-fresh bench-paper bench-scaling bench-truth \
-        bench-quantisation bench-specialists bench-switching
+        bench-quantisation bench-specialists bench-switching bench-training
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,8 @@ bench-specialists: $(VENV)/.dev weights ## specialists, bases and TinyLlama on h
 	@$(BIN)/python -m benchmarks.specialists --data "$(DATA)" $(if $(LIMIT),--limit $(LIMIT))
 bench-switching: $(VENV)/.dev weights ## many specialists on one base: memory, switching, loading
 	@$(BIN)/python -m benchmarks.switching
+bench-training: train-env weights ## tokens a second that calm specialise learns (beside peft where installed)
+	@$(BIN)/python -m benchmarks.training
 bench-fresh: ## fresh clone, empty cache: time to the first answer, and of make test
 	@benchmarks/fresh.sh
 

@@ -95,7 +95,7 @@ class Trainer:
         self._resume()
         try:
             while self.progress.step < self.steps and self.progress.stale < self.recipe.patience:
-                self._one_step()
+                self.one_step()
                 if self.progress.step % self._check_steps == 0 or self.progress.step == self.steps:
                     self._check()
                 watch(self.progress, self.steps)
@@ -116,7 +116,8 @@ class Trainer:
 
     # --- a step ---
 
-    def _one_step(self) -> None:
+    def one_step(self) -> None:
+        """Learn the next rows."""
         began = time.monotonic()
         number, place = divmod(self.progress.step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != number:
