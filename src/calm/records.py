@@ -11,8 +11,11 @@ monotonic clock's; `wall_s` is Unix time.
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
+from struct import unpack
 from typing import Literal
 
 import msgspec
@@ -99,7 +102,7 @@ class EngineSpec(Strict, frozen=True, kw_only=True):
 
 
 class ChatSpec(Strict, frozen=True, kw_only=True):
-    """Chat template override (Jinja, as in a GGUF) and stop strings added to every request."""
+    """Chat template override (Jinja, as in a GGUF), and what ends an answer to any request."""
 
     template: str | None = None
     """Jinja template; None: the one in the GGUF."""
@@ -107,6 +110,13 @@ class ChatSpec(Strict, frozen=True, kw_only=True):
     """Strings that end an answer, beside the caller's own."""
     trim: bool = False
     """Drop white space before an answer's first word: models that continue text begin with it."""
+    answer_tokens: int | None = None
+    """Most tokens of an answer; a specialist that has learned short ones is not let run on. None: no limit."""
+
+    def longest(self, asked: int | None) -> int | None:
+        """Most tokens of an answer to a request that asks for at most `asked`; None where nobody limits it."""
+        limits = [limit for limit in (asked, self.answer_tokens) if limit is not None]
+        return min(limits, default=None)
 
 
 class PriorSpec(Strict, frozen=True, kw_only=True):
@@ -124,6 +134,25 @@ class PriorSpec(Strict, frozen=True, kw_only=True):
     """Typical length of an answer."""
     energy_j_per_token: float | None = None
     """Joules per token written."""
+
+
+class FieldSpec(Strict, frozen=True, kw_only=True):
+    """Which questions are the model's own: a line through the embedding (calm.analyze.fields)."""
+
+    embedder: str
+    """Name of the embedder it was learned with; under another one it is not used."""
+    weights: str
+    """Base64 of 16-bit floats, little-endian: a weight for each dimension, then the bias."""
+    untrained: float | None = None
+    """Quality 0..1 of a model there that has not learned the field; None: its own default."""
+
+    def numbers(self) -> tuple[float, ...]:
+        """The weights. Raises ValueError for what is not base64 of finite 16-bit floats, two at least."""
+        data = b64decode(self.weights, validate=True)
+        found = unpack(f"<{len(data) // 2}e", data) if len(data) % 2 == 0 else ()
+        if len(found) < 2 or not all(map(isfinite, found)):
+            raise ValueError("not base64 of finite 16-bit floats")
+        return found
 
 
 class PriceSpec(Strict, frozen=True, kw_only=True):
@@ -168,6 +197,8 @@ class ModelCard(Strict, frozen=True, kw_only=True):
     memory_hint_bytes: int | None = None
     """Guess of the resident size before the first load measured it."""
     priors: PriorSpec = PriorSpec()
+    fields: Mapping[str, FieldSpec] = {}
+    """Its fields by name; the names are keys of priors.quality. A card with fields is at home there alone."""
     price: PriceSpec = PriceSpec()
     sandbox: SandboxSpec = SandboxSpec()
     max_in_flight: int | None = None

@@ -107,6 +107,8 @@ def test_rows_become_a_member_of_the_fleet(rows: Path, fleet: Path) -> None:
     assert not load.problems
     card = load.fleet["kinds"]
     assert card.adapter_of == SMOL
+    assert card.chat.answer_tokens is not None
+    assert 8 < card.chat.answer_tokens < 24  # a made-up word, its end, and some room
     assert card.priors.quality["kinds"] == pytest.approx(scores["specialist"], abs=1e-3)
     assert cached_path(card.source, cache_dir(), fleet) == fleet / "adapters" / "kinds.gguf"
     page = (fleet / "adapters" / "kinds.md").read_text()

@@ -15,6 +15,7 @@ from calm.analyze.domains import DESCRIPTORS, DomainSpace, canonical
 from calm.monitor.features import extract
 from calm.records import (
     Ask,
+    ChatSpec,
     EngineSpec,
     Estimate,
     Features,
@@ -189,6 +190,14 @@ def test_unknown_energy_is_none_until_measured() -> None:
     assert found["a"].energy_j is not None
     assert found["b"].energy_j is not None
     assert found["c"].energy_j is None
+
+
+def test_output_is_cut_at_what_the_card_allows() -> None:
+    terse = card("b", chat=ChatSpec(answer_tokens=4))
+    found = estimates(fleet_of({"a": card("a"), "b": terse}), ask(max_tokens=None))
+    assert found["b"].output_tokens.mean <= 4.0 < found["a"].output_tokens.mean
+    assert found["b"].decode_s.mean < found["a"].decode_s.mean
+    assert estimates(fleet_of({"b": terse}), ask(max_tokens=2))["b"].output_tokens.mean <= 2.0
 
 
 def test_output_is_cut_at_max_tokens_and_at_the_context() -> None:

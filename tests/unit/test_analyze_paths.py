@@ -23,6 +23,7 @@ from calm.analyze.wide import WideBank
 from calm.plan.columns import Columns
 from calm.records import (
     Ask,
+    ChatSpec,
     EngineSpec,
     Estimate,
     Features,
@@ -71,6 +72,7 @@ def fleet(draw: random.Random, size: int) -> dict[str, ModelCard]:
                 energy_j_per_token=draw.choice((None, 0.3)),
                 quality={"default": draw.random()},
             ),
+            chat=ChatSpec(answer_tokens=draw.choice((None, None, 1, 16))),
         )
 
     return {f"m{index}": card(f"m{index}") for index in range(size)}

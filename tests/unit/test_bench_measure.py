@@ -270,7 +270,7 @@ def some_profile() -> ModelProfile:
 
 
 async def test_requests_go_out_as_dispatch_sends_them(tmp_path: Path, backend: FakeBackend) -> None:
-    stopping = card("a", chat={"stop": ["###"], "trim": True})
+    stopping = card("a", chat={"stop": ["###"], "trim": True, "answer_tokens": 5})
     backend.scripts["a"] = script(answer=(" one", " two"))
     engine = await backend.start(stopping, None, 1)
     try:
@@ -284,6 +284,7 @@ async def test_requests_go_out_as_dispatch_sends_them(tmp_path: Path, backend: F
     assert engine.server is not None
     plain, endless = (seen.body for seen in engine.server.seen)
     assert plain["stop"] == ["###"]
+    assert (plain["max_tokens"], endless["max_tokens"]) == (5, 8)
     assert plain["stream"] is True
     assert plain["temperature"] == 0
     assert "ignore_eos" not in plain

@@ -16,6 +16,7 @@ from calm.plan.feasible import BEST_EFFORT, LISTED_REFUSALS, feasible, within_li
 from calm.records import (
     Ask,
     Belief,
+    ChatSpec,
     EngineSpec,
     Estimate,
     Features,
@@ -198,6 +199,16 @@ def test_a_prompt_probably_too_long_goes_elsewhere_while_there_is_an_elsewhere()
     assert list(kept) == ["small"]
     assert refused_by(refused) == {"small": BEST_EFFORT}
     assert "2,300 tokens" in refused[0].reason
+
+
+def test_no_more_room_is_kept_for_an_answer_than_the_card_lets_it_take() -> None:
+    terse = cards(card("small"), card("terse", chat=ChatSpec(answer_tokens=16)))
+    for asked, prompt_tokens in ((500, 1500.0), (None, 1690.0)):
+        kept, refused = feasible(ask(max_tokens=asked), features(prompt_tokens), snapshot(), terse)
+        assert list(kept) == ["terse"]
+        assert refused_by(refused) == {"small": "room"}
+    kept, _ = feasible(ask(max_tokens=8), features(1696.0), snapshot(), terse)
+    assert list(kept) == ["small", "terse"], "the caller wants less than the card allows"
 
 
 def test_an_estimate_slightly_over_the_context_may_still_fit() -> None:

@@ -96,6 +96,8 @@ def test_a_minimal_card_is_good() -> None:
         ({"price": {"input_usd_per_mtok": -1}}, "price.input_usd_per_mtok", "at least 0"),
         ({"sandbox": {"nice": 20}}, "sandbox.nice", "at most 19"),
         ({"chat": {"stop": ["x", ""]}}, "chat.stop", "empty string"),
+        ({"chat": {"answer_tokens": 0}}, "chat.answer_tokens", "at least 1"),
+        ({"chat": {"answer_tokens": 1.5}}, "chat.answer_tokens", "expected `int"),
     ],
 )
 def test_each_mistake_names_its_field(changes: dict[str, object], field: str, reason: str) -> None:
@@ -449,7 +451,7 @@ def test_an_adapter_does_not_state_what_is_its_bases(stated: dict[str, object], 
 def test_what_an_adapter_may_state() -> None:
     own = {
         "engine": {"upstream_model": "Finance-LoRA"},
-        "chat": {"stop": ["\n"], "trim": True},
+        "chat": {"stop": ["\n"], "trim": True, "answer_tokens": 16},
         "memory_hint_bytes": 9_000_000,
         "priors": {"quality": {"finance": 0.9}},
         "price": {"input_usd_per_mtok": 0.1},
@@ -508,6 +510,15 @@ def test_an_adapter_is_completed_from_its_base(tmp_path: Path) -> None:
     assert finance.chat.stop == ("</s>",)
     assert (finance.priors.decode_tps, finance.priors.load_s) == (30.0, 1.5)
     assert (finance.memory_hint_bytes, base.priors.quality) == (7, {})
+
+
+def test_how_long_an_adapter_may_talk_is_not_its_bases_to_say(tmp_path: Path) -> None:
+    put(tmp_path, "base", "", "[chat]\nanswer_tokens = 100\n")
+    put(tmp_path, "terse", 'adapter_of = "base"', "[chat]\nanswer_tokens = 16\n")
+    put(tmp_path, "free", 'adapter_of = "base"')
+    fleet = load_fleet(tmp_path).fleet
+    limits = {name: card.chat.answer_tokens for name, card in fleet.items()}
+    assert limits == {"base": 100, "terse": 16, "free": None}
 
 
 def test_adapters_of_a_remote_base_are_remote_and_need_no_file(tmp_path: Path) -> None:

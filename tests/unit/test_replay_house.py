@@ -27,7 +27,7 @@ from tests.unit.replay_setting import (
 from calm.clock import ManualClock
 from calm.errors import BadInput
 from calm.profile import Length, MachineProfile
-from calm.records import EngineSpec
+from calm.records import ChatSpec, EngineSpec
 from calm.replay.house import House, run_trial
 from calm.replay.machine import SimulatedMachine, Work
 from calm.replay.simtime import run_simulated
@@ -370,3 +370,6 @@ def test_answers_have_the_profile_s_lengths() -> None:
     assert {row.completion_tokens for row in run_trial(built, every(5.0, 3), FIXED).rows} == {30}
     capped = msgspec_house(built, max_tokens=8)
     assert {row.completion_tokens for row in run_trial(capped, every(5.0, 3), FIXED).rows} == {8}
+    terse = {"a": card("a", chat=ChatSpec(answer_tokens=6))}
+    shorter = msgspec_house(capped, fleet=terse)
+    assert {row.completion_tokens for row in run_trial(shorter, every(5.0, 3), FIXED).rows} == {6}

@@ -35,7 +35,7 @@ def outcomes(
 ) -> Outcomes:
     """Request `rI` asks query I."""
     profile = Profile(machine=MachineProfile(name="m", cores=1), models=models or {"a": model(**SPREAD)})
-    found = Outcomes(profile, seed, max_tokens)
+    found = Outcomes(profile, seed, dict.fromkeys(profile.models, max_tokens))
     found.know({f"r{i}": q for i, q in enumerate(queries)})
     return found
 

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.replay_setting import MB, SERVICE_S, card, every, house, model, workload
 
 from calm.errors import BadInput, SourceError
-from calm.records import Weights
+from calm.records import ChatSpec, Weights
 from calm.replay.study import (
     GRID_STEPS,
     best_in_hindsight,
@@ -125,6 +125,8 @@ def test_overload_is_least_work_over_the_machine_s_time() -> None:
     assert overload(["a", "b", "c"], house(cores=2), load) == pytest.approx(11 * each_s / 2 / 10)
     quick = house({"a": model(), "b": model(decode_tps={"1": 1e9}, overhead_s=0.0)})
     assert overload(["a", "b"], quick, load) == pytest.approx(11 * 0.2 / 2 / 10)
+    terse = house({"a": model()}, cards={"a": card("a", chat=ChatSpec(answer_tokens=6))})
+    assert overload(["a"], terse, load) == pytest.approx(11 * least_s(model(), "math", 40, 6) / 10)
 
 
 def test_more_than_a_model_can_ever_serve_is_refused() -> None:

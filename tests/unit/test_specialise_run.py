@@ -134,6 +134,7 @@ def test_what_the_engine_does_not_confirm_leaves_the_specialist_in_force(
     assert card.source is not None
     assert card.source.sha256 == hashlib.sha256(b"new adapter").hexdigest() == result.made.sha256
     assert (card.source.licence, card.priors.quality) == ("MIT", {"kinds": 0.9, "default": 0.1})
+    assert card.chat.answer_tokens == 2 + run.SPARE_TOKENS
     assert not list(tmp_path.glob("state/*"))
 
 

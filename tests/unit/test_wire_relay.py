@@ -13,7 +13,7 @@ from calm.gateway.fake import CHAT, CHAT_CHUNKS, EMBEDDINGS, TEXT_CHUNKS, Script
 from calm.gateway.limits import Limits
 from calm.gateway.relay import Receipt, Relay, encode_for, merge_stops, receipt
 from calm.gateway.wire import PARSERS
-from calm.records import Ask, ChatSpec, Endpoint, EngineSpec, ModelCard
+from calm.records import Ask, ChatSpec, Endpoint, EngineSpec, Kind, ModelCard
 
 ENDPOINT = Endpoint(base_url="http://x", model="upstream-name")
 RECEIPT = Receipt(
@@ -91,6 +91,59 @@ def test_the_cards_stop_strings_join_the_callers() -> None:
     assert "stop" not in msgspec.json.decode(encode_for(ask_for("embeddings"), card, ENDPOINT))
     assert merge_stops(None, ("a",)) == ["a"]
     assert merge_stops(["a", "b"], ("b", "c")) == ["a", "b", "c"]
+
+
+SHORT = ModelCard(name="m", description="", chat=ChatSpec(answer_tokens=16))
+LENGTHS = ("max_tokens", "max_completion_tokens", "n_predict")
+
+
+def lengths(card: ModelCard, kind: Kind = "chat", **body: object) -> dict[str, object]:
+    """What the engine is told of an answer's length."""
+    sent = msgspec.json.decode(encode_for(ask_for(kind, **body), card, ENDPOINT))
+    return {name: sent[name] for name in LENGTHS if name in sent}
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, {"max_tokens": 16}),
+        ({"max_tokens": None}, {"max_tokens": 16}),
+        ({"max_tokens": 500}, {"max_tokens": 16}),
+        ({"max_tokens": 5}, {"max_tokens": 5}),
+        ({"max_completion_tokens": 500}, {"max_tokens": 16, "max_completion_tokens": 16}),
+        ({"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}),
+        ({"max_completion_tokens": 5, "max_tokens": 500}, {"max_tokens": 5, "max_completion_tokens": 5}),
+        ({"n_predict": 500}, {"max_tokens": 16, "n_predict": 16}),
+        ({"n_predict": 5.0}, {"max_tokens": 5, "n_predict": 5}),
+        ({"n_predict": 0}, {"max_tokens": 0, "n_predict": 0}),
+        ({"n_predict": -1}, {"max_tokens": 16, "n_predict": 16}),
+        ({"n_predict": "many"}, {"max_tokens": 16, "n_predict": 16}),
+    ],
+)
+def test_an_answer_is_no_longer_than_the_card_and_the_caller_allow(
+    kind: Kind, asked: dict[str, object], told: dict[str, object]
+) -> None:
+    assert lengths(SHORT, kind, **asked) == told
+
+
+def test_where_the_card_sets_no_limit_the_callers_own_goes_through_as_it_came() -> None:
+    asked = {"max_completion_tokens": 500, "n_predict": -1}
+    assert lengths(card_named("m"), **asked) == asked
+    assert lengths(card_named("m")) == {}
+
+
+def test_embeddings_have_no_length() -> None:
+    assert lengths(SHORT, "embeddings") == {}
+
+
+def test_a_server_that_is_not_ours_is_told_the_length_of_a_chat_once() -> None:
+    """OpenAI's own refuses max_tokens beside max_completion_tokens."""
+    cloud = msgspec.structs.replace(SHORT, engine=EngineSpec(kind="openai", url="https://far.example"))
+    assert lengths(cloud, max_completion_tokens=500) == {"max_completion_tokens": 16}
+    assert lengths(cloud) == {"max_tokens": 16}
+    told = {"max_tokens": 16, "max_completion_tokens": 16}
+    assert lengths(cloud, "completion", max_completion_tokens=500) == told
 
 
 # --- back ---------------------------------------------------------------------------------------------

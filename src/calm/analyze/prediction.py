@@ -27,11 +27,13 @@ from calm.records import Belief, Estimate, ModelCard
 
 
 class Stated(NamedTuple, Generic[N]):
-    """What a card states: dollars a token (NaN where unknown), and the context in tokens."""
+    """What a card states: dollars a token (NaN where unknown), the context and the longest answer in tokens."""
 
     input_usd: N
     output_usd: N
     context: N
+    longest: N
+    """Infinite where the card sets no limit."""
 
 
 class Known(NamedTuple, Generic[N]):
@@ -60,11 +62,12 @@ class Question(NamedTuple):
 def stated(card: ModelCard) -> Stated[float]:
     """Our own machine charges nothing; a remote model without a price is unknown."""
     price = card.price
+    tokens = float(card.context), float(card.chat.answer_tokens or "inf")
     if price.input_usd_per_mtok is None and price.output_usd_per_mtok is None:
         free = 0.0 if card.placement == "local" else float("nan")
-        return Stated(free, free, float(card.context))
+        return Stated(free, free, *tokens)
     prices = price.input_usd_per_mtok or 0.0, price.output_usd_per_mtok or 0.0
-    return Stated(prices[0] / 1e6, prices[1] / 1e6, float(card.context))
+    return Stated(prices[0] / 1e6, prices[1] / 1e6, *tokens)
 
 
 def forecast(
@@ -96,10 +99,10 @@ def forecast(
 
 
 def _sample(m: Maths[N], question: Question, known: Known[N], prompt: N) -> Pair[N]:
-    """Output tokens of one sample, cut at max_tokens and at the room the context leaves."""
+    """Output tokens of one sample, cut at max_tokens, at the card's limit and at the room the context leaves."""
     if not question.writes:
         return prompt * 0.0, prompt * 0.0
-    room = m.larger(known.stated.context - prompt, 1.0)
+    room = m.smaller(m.larger(known.stated.context - prompt, 1.0), known.stated.longest)
     cap = room if question.max_tokens is None else m.smaller(room, max(1.0, question.max_tokens))
     return output_tokens(m, known.output, question.length, cap)
 

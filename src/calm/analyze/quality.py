@@ -1,6 +1,7 @@
 """How good each model's answer will be, 0..1: the card's belief by domain, corrected by every rating.
 
-Prior: sum over domains of P(domain | question) * the card's quality in it. On top, for each model, a Bayesian
+Prior: sum over fields and domains of P(it | question) * the card's quality in it; what a question's fields
+(fields.py) leave, its domains share. On top, for each model, a Bayesian
 linear regression of the residual (rating - prior) on what the question is about. Strong shrinkage: with few
 ratings a router that trusts them loses to the best single model.
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from calm.analyze.domains import DESCRIPTORS, GENERAL, DomainSpace, canonical
 from calm.analyze.evidence import Prior, RowState
+from calm.analyze.fields import FieldSpace
 from calm.analyze.maths import Array, Rows, Span
 from calm.analyze.wide import WideBank
 from calm.ports import Embedder
@@ -52,7 +54,7 @@ class Topic(NamedTuple):
     """What a question is about, worked out once for the whole fleet."""
 
     claims: NDArray[np.float32]
-    """(domains + dimensions): its domains' probabilities, then its embedding."""
+    """(domains + fields + dimensions): their probabilities, then its embedding."""
     named: NDArray[np.float32]
     free: NDArray[np.float32]
     """The regression's features after the constant, (40,) and (23,)."""
@@ -70,12 +72,13 @@ class Quality:
         self._slot_of: Rows = np.zeros(0, np.intp)  # `_rated` by row, -1 where nobody rated
         self._slots: list[int] = []
         self._domains = None if embedder is None else DomainSpace(embedder)
+        self._fields = None if embedder is None else FieldSpace(embedder.name, embedder.dimensions)
+        self._cards: dict[int, ModelCard] = {}
         width = 0 if self._domains is None else len(self._domains.names)
         self._table: Array = np.zeros((0, width))
         self._default: Array = np.zeros(0)
         dimensions = 0 if embedder is None else embedder.dimensions
         self._described: NDArray[np.float32] = np.zeros((0, dimensions), np.float32)
-        self._present: set[int] = set()
         self._beliefs: NDArray[np.float32] = np.zeros((0, width + dimensions), np.float32)
         self._stale = True
         self._basis = np.ascontiguousarray(_FREE_SCALE * _projection(dimensions).T)
@@ -93,19 +96,23 @@ class Quality:
         """Sets the row's prior; forgets its ratings."""
         self.forget(row)
         self._make_room(row + 1)
-        stated = {canonical(name): float(value) for name, value in card.priors.quality.items()}
-        self._default[row] = stated.pop(_DEFAULT, UNSTATED_QUALITY)
+        self._default[row] = card.priors.quality.get(_DEFAULT, UNSTATED_QUALITY)
         if self._domains is None or self._embedder is None:
             return
-        claimed = [canonical(name) for name in card.domains]
+        stated = {
+            canonical(name): float(value)
+            for name, value in card.priors.quality.items()
+            if name != _DEFAULT and name not in card.fields
+        }
+        claimed = [] if card.fields else [canonical(name) for name in card.domains]
         self._learn_names([*stated, *claimed])
         self._described[row] = self._embedder.embed(card.description)
-        self._present.add(row)
+        self._cards[row] = card
         self._table[row] = prior_row(self._domains.names, self._default[row], stated, claimed)
 
     def forget(self, row: int) -> None:
         """The row's model has left, or its ratings no longer hold."""
-        self._present.discard(row)
+        self._cards.pop(row, None)
         self._stale = True
         slot = self._rated.pop(row, None)
         if slot is not None:
@@ -115,18 +122,20 @@ class Quality:
 
     def topic(self, embedding: Vector | None) -> Topic | None:
         """None without an embedding: then only the models' means tell them apart."""
-        if embedding is None or self._domains is None:
+        if embedding is None or self._domains is None or self._fields is None:
             return None
+        if self._stale:
+            self._believe(self._fields)
         posterior, coordinates = self._domains.read(embedding)
+        shares = self._fields.shares(embedding)
+        left = posterior * (1.0 - shares.sum())
         free = self._basis.dot(embedding)
-        return Topic(np.concatenate([posterior, embedding]), _DOMAIN_SCALE * coordinates, free)
+        return Topic(np.concatenate([left, shares, embedding]), _DOMAIN_SCALE * coordinates, free)
 
     def prior(self, rows: Span, topic: Topic | None) -> Array:
         """The cards' belief about a question, (m,)."""
         if topic is None:
             return self._default[rows].copy()
-        if self._stale:
-            self._believe()
         return np.asarray(self._beliefs[rows].dot(topic.claims), np.float64)
 
     def predict(self, rows: Span, embedding: Vector | None) -> tuple[Array, Array]:
@@ -173,18 +182,26 @@ class Quality:
         return self._bank.restore(self._slot(row), state)
 
     def domains_of(self, embedding: Vector, most: int = 3) -> list[tuple[str, float]]:
-        """The likeliest domains of a question, for explaining a decision."""
-        if self._domains is None:
+        """The likeliest fields and domains of a question, for explaining a decision."""
+        topic = self.topic(embedding)
+        if topic is None or self._domains is None or self._fields is None:
             return []
-        posterior = self._domains.posterior(embedding)
-        return [(self._domains.names[i], float(posterior[i])) for i in posterior.argsort()[::-1][:most]]
+        names = (*self._domains.names, *self._fields.names)
+        likely = topic.claims[: len(names)].argsort()[::-1][:most]
+        return [(names[i], float(topic.claims[i])) for i in likely]
 
-    def _believe(self) -> None:
+    def _believe(self, fields: FieldSpace) -> None:
         """Cards as rows to multiply a topic's claims with. Fitting the question better than the mean
         description of the fleet does is what earns the bonus."""
-        present = sorted(self._present)
+        present = sorted(self._cards)
+        fields.learn(self._cards[row].fields for row in present)
+        at_home = np.repeat(self._default[:, None], len(fields.names), axis=1)
+        for row in present:
+            at_home[row] = field_row(fields, self._default[row], self._cards[row])
         fit = self._described - (self._described[present].mean(axis=0) if present else 0.0)
-        self._beliefs = np.concatenate([self._table, DESCRIPTION_BONUS * fit], axis=1, dtype=np.float32)
+        self._beliefs = np.concatenate(
+            [self._table, at_home, DESCRIPTION_BONUS * fit], axis=1, dtype=np.float32
+        )
         self._stale = False
 
     def _slot(self, row: int) -> int:
@@ -227,6 +244,13 @@ def prior_row(
         elif name in claimed and name != GENERAL:
             row[index] = default + CLAIMED_DOMAIN_BONUS
     return np.asarray(np.clip(row, 0.0, 1.0))
+
+
+def field_row(fields: FieldSpace, default: float, card: ModelCard) -> list[float]:
+    """Quality by field: as stated; for a specialist of other fields its default; for a model without any what the
+    field says of those who have not learned it."""
+    untrained = {} if card.fields else fields.untrained
+    return [card.priors.quality.get(name, untrained.get(name, default)) for name in fields.names]
 
 
 def _projection(dimensions: int) -> NDArray[np.float32]:

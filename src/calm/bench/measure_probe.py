@@ -83,8 +83,8 @@ def ask_of(card: ModelCard, prompt: str, max_tokens: int, *, endless: bool = Fal
 
 
 def talkative(card: ModelCard) -> ModelCard:
-    """The card without its stop strings, for answers that must not end early."""
-    return msgspec.structs.replace(card, chat=msgspec.structs.replace(card.chat, stop=()))
+    """The card without its stop strings and its limit, for answers that must not end early."""
+    return msgspec.structs.replace(card, chat=msgspec.structs.replace(card.chat, stop=(), answer_tokens=None))
 
 
 async def send(

@@ -10,6 +10,7 @@ from calm.cli.config import config
 from calm.cli.doctor import doctor
 from calm.cli.explain import explain
 from calm.cli.feedback import feedback
+from calm.cli.field import field
 from calm.cli.group import RootGroup
 from calm.cli.keys import keys
 from calm.cli.knowledge import knowledge
@@ -38,6 +39,7 @@ def calm() -> None:
     """
 
 
+models.add_command(field)
 for command in (
     serve, ask, explain, feedback, models, doctor, config, keys, knowledge, policy, goal,
     specialise, replay, profile, bench, report, version,

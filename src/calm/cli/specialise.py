@@ -50,6 +50,10 @@ EXTRA = "calm specialise needs PyTorch: pip install 'calm-orchestrator[train]' (
     help="Highest learning rate.",
 )  # fmt: skip
 @click.option(
+    "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+    help="Share of each block's output left out at a step: 0.1 helps few rows seen many times.",
+)  # fmt: skip
+@click.option(
     "--rows-per-step", type=click.IntRange(1), default=16, show_default=True, help="Rows between two updates."
 )
 @click.option(
@@ -79,8 +83,8 @@ EXTRA = "calm specialise needs PyTorch: pip install 'calm-orchestrator[train]' (
 @json_option
 def specialise(
     base: str, data_files: tuple[Path, ...], name: str, description: str, fleet: str | None,
-    config_file: str | None, epochs: float, rank: int, learning_rate: float, rows_per_step: int, patience: int,
-    held_out: float, seed: int, device: str, threads: int | None, evaluate: int, data_licence: str | None,
+    config_file: str | None, epochs: float, rank: int, learning_rate: float, dropout: float, rows_per_step: int,
+    patience: int, held_out: float, seed: int, device: str, threads: int | None, evaluate: int, data_licence: str | None,
     limits: str | None, replace_: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train a small adapter (LoRA) on a model of the fleet, from your own questions and answers, and add it to
@@ -99,16 +103,17 @@ def specialise(
     from calm.specialise.recipe import Recipe
 
     recipe = Recipe(
-        rank=rank, alpha=2.0 * rank, epochs=epochs, learning_rate=learning_rate, rows_per_step=rows_per_step,
-        patience=patience, seed=seed,
+        rank=rank, alpha=2.0 * rank, epochs=epochs, learning_rate=learning_rate, dropout=dropout,
+        rows_per_step=rows_per_step, patience=patience, seed=seed,
     )  # fmt: skip
     settings = settings_of({"fleet": fleet}, config_file)
     check_name(name)
     check_extra()
+    from calm.settings import cache_dir
     from calm.specialise.card import Origin
     from calm.specialise.examples import read_examples
     from calm.specialise.run import Job, check_base, named
-    from calm.wiring import runtime_directory
+    from calm.wiring import make_embedder, runtime_directory
 
     card, directory = base_card(settings, base)
     check_base(card)
@@ -129,7 +134,8 @@ def specialise(
                 command=command(base, data_files, name, recipe),
             ),
             examples=examples, recipe=recipe, directory=directory, state=state_dir(), run_dir=run_dir,
-            threads=threads or cores(), device=device_of(device), evaluated_rows=evaluate,
+            threads=threads or cores(), embedder=make_embedder(settings.policy.embedder, cache_dir()),
+            device=device_of(device), evaluated_rows=evaluate,
         )  # fmt: skip
         result = make(job)
     emit_json(told(result)) if as_json else show(result)
@@ -221,7 +227,7 @@ def command(base: str, data: tuple[Path, ...], name: str, recipe: Recipe) -> str
     files = " ".join(f"--data {path.name}" for path in data)
     return (
         f"calm specialise --base {base} {files} --name {name} --rank {recipe.rank} --epochs {recipe.epochs:g} "
-        f"--learning-rate {recipe.learning_rate:g} --rows-per-step {recipe.rows_per_step} "
+        f"--learning-rate {recipe.learning_rate:g} --dropout {recipe.dropout:g} --rows-per-step {recipe.rows_per_step} "
         f"--patience {recipe.patience} --seed {recipe.seed}"
     )
 

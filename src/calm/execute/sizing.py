@@ -16,7 +16,7 @@ OVERHEAD_BYTES = 64 * MIB
 """What an engine needs besides the weights: code, buffers, a small KV cache."""
 WEIGHTS_FACTOR = 1.2
 RUNTIME_NEUTRAL = frozenset(
-    {"description", "domains", "placement", "memory_hint_bytes", "priors", "price", "max_in_flight"}
+    {"description", "domains", "placement", "memory_hint_bytes", "priors", "fields", "price", "max_in_flight"}
 )
 """Card fields a running engine does not depend on."""
 

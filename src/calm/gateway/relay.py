@@ -22,6 +22,9 @@ Fields = dict[str, msgspec.Raw]
 PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-", "embeddings": "embd-"}
 """What stands before the request id in an answer's `id`, by kind, as with OpenAI."""
 
+LENGTHS = ("max_tokens", "max_completion_tokens", "n_predict")
+"""What the most tokens of an answer are called: by OpenAI, by OpenAI since, and by llama.cpp itself."""
+
 
 class _Ending(msgspec.Struct):
     finish_reason: str | None = None
@@ -36,7 +39,7 @@ _encode = msgspec.json.encode
 
 
 def encode_for(ask: Ask, card: ModelCard, endpoint: Endpoint) -> bytes:
-    """The body for one engine: its name for the model, the card's stop strings added, usage always asked.
+    """The body for one engine: its name for the model, the card's stop strings and longest answer, usage always asked.
 
     Which adapter is applied, and how strongly, is the fleet's to say: a caller's own `lora` is dropped, or it
     would answer as a model that nobody chose. The base of an engine that carries adapters has a number as well,
@@ -49,6 +52,8 @@ def encode_for(ask: Ask, card: ModelCard, endpoint: Endpoint) -> bytes:
         body["lora"] = [{"id": endpoint.adapter, "scale": 1.0}]
     if card.chat.stop and ask.kind != "embeddings":
         body["stop"] = merge_stops(body.get("stop"), card.chat.stop)
+    if card.chat.answer_tokens is not None and ask.kind != "embeddings":
+        body.update(shortened(body, card.chat.answer_tokens, alone=card.remote and ask.kind == "chat"))
     if streams_upstream(ask, card):
         body["stream"] = True
         options = body.get("stream_options")
@@ -60,6 +65,19 @@ def merge_stops(given: object, added: tuple[str, ...]) -> list[str]:
     """The caller's stop strings (a string, a list or nothing) followed by the card's, each once."""
     mine = [given] if isinstance(given, str) else given if isinstance(given, list) else []
     return list(dict.fromkeys([*mine, *added]))
+
+
+def shortened(body: Mapping[str, object], most: int, *, alone: bool) -> dict[str, int]:
+    """The fields that keep an answer to `most` tokens, or to fewer where the caller wants fewer.
+
+    Every field that the caller wrote says the same, for engines differ in which of them they believe; and
+    `max_tokens`, which all of them read, is always there. Unless `alone`: OpenAI's own servers refuse it beside
+    `max_completion_tokens`. A negative number is llama.cpp's for no limit.
+    """
+    given = [name for name in LENGTHS if body.get(name) is not None]
+    wanted = [int(value) for name in given if isinstance(value := body[name], int | float) and value >= 0]
+    told = given if alone and "max_completion_tokens" in given else [*given, "max_tokens"]
+    return dict.fromkeys(told, min([most, *wanted]))
 
 
 # --- back to the caller -----------------------------------------------------------------------------

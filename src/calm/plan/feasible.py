@@ -37,7 +37,7 @@ PROMPT_RELATIVE_SD = 0.2
 """Spread of the prompt's token count over tokenizers, relative to the model-independent estimate."""
 
 ANSWER_RESERVE_TOKENS = 32
-"""Room kept for an answer when the caller set no max_tokens."""
+"""Room kept for an answer when the caller set no max_tokens; less where the card allows less."""
 
 LISTED_REFUSALS = 12
 """How many models an error message names before it only counts."""
@@ -50,7 +50,11 @@ class _Facts(NamedTuple):
     needs: frozenset[Capability]
     allowed: frozenset[str] | None
     surely_tokens: float
+    """Of the prompt."""
     probably_tokens: float
+    """Of the prompt."""
+    answer_tokens: int
+    """Of the answer, whoever gives it."""
     snapshot: Snapshot
     pinned_bytes: int
 
@@ -123,7 +127,7 @@ def _doubtful(facts: _Facts, cards: Mapping[str, ModelCard]) -> list[str]:
     if ask.model is not None or facts.allowed is not None or "n" in ask.body:
         return list(cards)
     anywhere, room = ask.wishes.privacy != "local", facts.snapshot.budget_bytes - facts.pinned_bytes
-    tokens = max(facts.probably_tokens, facts.surely_tokens)
+    tokens = facts.probably_tokens + facts.answer_tokens
     return [
         name
         for name, card in cards.items()
@@ -205,10 +209,11 @@ def _healthy(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | 
 
 
 def _roomy(facts: _Facts, card: ModelCard, state: ModelState | None) -> str | None:  # 8
-    if facts.probably_tokens <= card.context:
+    answer = min(facts.answer_tokens, card.chat.answer_tokens or facts.answer_tokens)
+    tokens = facts.probably_tokens + answer
+    if tokens <= card.context:
         return None
-    tokens = f"{facts.probably_tokens:,.0f}"
-    return f"prompt and answer take up to {tokens} tokens, its context {card.context:,}"
+    return f"prompt and answer take up to {tokens:,.0f} tokens, its context {card.context:,}"
 
 
 _CHECKS: tuple[tuple[str, _Check], ...] = (
@@ -275,7 +280,8 @@ def _facts(ask: Ask, features: Features, snapshot: Snapshot) -> _Facts:
         needs=_needs(ask),
         allowed=None if allowed is None else frozenset(allowed),
         surely_tokens=prompt * (1.0 - 2.0 * PROMPT_RELATIVE_SD),
-        probably_tokens=prompt * (1.0 + PROMPT_RELATIVE_SD) + answer,
+        probably_tokens=prompt * (1.0 + PROMPT_RELATIVE_SD),
+        answer_tokens=answer,
         snapshot=snapshot,
         pinned_bytes=sum(pinned),
     )

@@ -82,7 +82,13 @@ def completed(card: ModelCard, base: ModelCard) -> ModelCard:
 
 
 def _chat(own: ChatSpec, base: ChatSpec) -> ChatSpec:
-    return replace(base, stop=own.stop or base.stop, trim=own.trim or base.trim)
+    """How long it may talk is its own alone, as in `_priors`: a limit of its base's could not be lifted."""
+    return replace(
+        base,
+        stop=own.stop or base.stop,
+        trim=own.trim or base.trim,
+        answer_tokens=own.answer_tokens,
+    )
 
 
 def _priors(own: PriorSpec, base: PriorSpec) -> PriorSpec:

@@ -40,6 +40,7 @@ LIMITS: Mapping[str, Mapping[str, Fragment]] = {
         "api_key_env": {"pattern": "^[A-Z_][A-Z0-9_]*$"},
         "upstream_model": {"minLength": 1},
     },
+    "ChatSpec": {"answer_tokens": _AT_LEAST_ONE},
     "PriorSpec": {
         "prefill_tps": _POSITIVE,
         "decode_tps": _POSITIVE,

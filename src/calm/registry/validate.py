@@ -7,6 +7,7 @@ import math
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from typing import get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -55,16 +56,28 @@ def _split_unknown(
             hint = did_you_mean(key, fields) or f"known here: {', '.join(sorted(fields))}"
             complaints.append((prefix + key, "unknown field", hint))
             continue
-        inner = _struct_in(fields[key])
-        if inner is not None and isinstance(value, Mapping):
-            more, value = _split_unknown(value, inner, f"{prefix}{key}.")
-            complaints += more
-        known[key] = value
+        more, known[key] = _split_inside(value, fields[key], f"{prefix}{key}.")
+        complaints += more
+    return complaints, known
+
+
+def _split_inside(value: object, annotation: object, prefix: str) -> tuple[list[Complaint], object]:
+    """The same for what a key holds: a table, a table of tables by name, or neither."""
+    inner = _struct_in(annotation)
+    if inner is None or not isinstance(value, Mapping):
+        return [], value
+    if get_origin(annotation) is not Mapping:
+        return _split_unknown(value, inner, prefix)
+    complaints: list[Complaint] = []
+    known: dict[str, object] = {}
+    for name, entry in value.items():
+        more, known[name] = _split_inside(entry, inner, f"{prefix}{name}.")
+        complaints += more
     return complaints, known
 
 
 def _struct_in(annotation: object) -> type[Strict] | None:
-    """The Strict class in `X` or `X | None`."""
+    """The Strict class in `X`, `X | None` or a mapping to X."""
     for option in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(option, type) and issubclass(option, Strict):
             return option
@@ -269,10 +282,22 @@ def _believable(card: ModelCard) -> Iterator[Complaint]:
     for domain, quality in card.priors.quality.items():
         if not 0.0 <= quality <= 1.0:
             yield f"priors.quality.{domain}", "must be between 0 and 1", None
+    yield from _fields(card)
     if any(not domain.strip() for domain in card.domains):
         yield "domains", "holds an empty domain", None
     if "" in card.chat.stop:
         yield "chat.stop", "holds an empty string, which would stop every answer at once", None
+
+
+def _fields(card: ModelCard) -> Iterator[Complaint]:
+    for name, field in card.fields.items():
+        again = f"run `calm models field {card.name} --data FILE` again"
+        try:
+            field.numbers()
+        except ValueError:
+            yield f"fields.{name}.weights", "is not base64 of finite 16-bit floats", again
+        if field.untrained is not None and not 0.0 <= field.untrained <= 1.0:
+            yield f"fields.{name}.untrained", "must be between 0 and 1", None
 
 
 # --- adapters -----------------------------------------------------------------------------------

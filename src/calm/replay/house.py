@@ -133,7 +133,8 @@ class _Trial:
         self.log = _Log()
         self.fleet = fleet_for(house.fleet, house.profile)
         self.families = families(self.fleet)
-        self.outcomes = Outcomes(house.profile, workload.seed, house.max_tokens)
+        longest = {name: card.chat.longest(house.max_tokens) for name, card in self.fleet.items()}
+        self.outcomes = Outcomes(house.profile, workload.seed, longest)
         self.rated: set[str] = set()
         """Requests whose answers are rated, if they are answered."""
         self.started_s = 0.0

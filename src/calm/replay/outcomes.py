@@ -33,10 +33,11 @@ class Answer(Record, frozen=True, kw_only=True, gc=False):
 class Outcomes:
     """All potential outcomes of one trial."""
 
-    def __init__(self, profile: Profile, seed: int, max_tokens: int | None) -> None:
+    def __init__(self, profile: Profile, seed: int, longest: Mapping[str, int | None]) -> None:
+        """`longest`: most tokens of an answer by model, None where nobody limits it."""
         self._models = profile.models
         self._seed = seed
-        self._longest = max_tokens or 1 << 30
+        self._longest = {name: most or 1 << 30 for name, most in longest.items()}
         self.of = lru_cache(maxsize=1 << 16)(self._of)
         self._queries: dict[str, Query] = {}
 
@@ -69,7 +70,7 @@ class Outcomes:
             quality = drawn(UNSTATED_QUALITY if mean is None else mean, profile.quality_sd, draws[1], random)
         return Answer(
             prompt_tokens=max(1, round(prompt)),
-            output_tokens=min(self._longest, max(1, round(tokens))),
+            output_tokens=min(self._longest[model], max(1, round(tokens))),
             quality=quality,
             stretch=math.exp(profile.jitter * draws[2]),
         )

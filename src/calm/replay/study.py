@@ -124,8 +124,9 @@ def overload(models: Sequence[str], house: House, workload: Workload) -> float:
     """
     engines = min(len({house.fleet[name].host for name in models}), house.profile.machine.cores)
     kinds = Counter((query.domain, len(query.prompt)) for query in workload.queries)
+    longest = {name: house.fleet[name].chat.longest(house.max_tokens) for name in models}
     work_s = sum(
-        count * min(least_s(house.profile.models[m], domain, chars, house.max_tokens) for m in models)
+        count * min(least_s(house.profile.models[m], domain, chars, longest[m]) for m in models)
         for (domain, chars), count in kinds.items()
     )
     return work_s / engines / max(workload.duration_s, 1e-9)

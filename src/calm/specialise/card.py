@@ -8,6 +8,7 @@ from statistics import fmean
 
 from calm.records import Record
 from calm.specialise.evaluation import Scores
+from calm.specialise.field import FREE, Learned, field_name
 from calm.specialise.recipe import Check, Recipe
 
 FOLDER = "adapters"
@@ -47,16 +48,33 @@ class Made(Record, frozen=True, kw_only=True):
     seconds: float
     answer_tokens: float
     """Mean length of an answer."""
+    longest_answer_tokens: int
+    """What an answer may take: the longest one learned, and some room."""
+    fields: tuple[Learned, ...] = ()
+    """Which questions are its own; none without an embedder."""
 
 
 def domains_of(scores: Sequence[Scores], name: str) -> dict[str, float]:
     """Quality prior by domain: the mean over the domain's held-out rows."""
     by_domain: dict[str, list[Scores]] = {}
     for score in scores:
-        by_domain.setdefault(name if score.domain == "data" else score.domain, []).append(score)
+        by_domain.setdefault(name if score.domain == FREE else score.domain, []).append(score)
     return {
         domain: round(sum(s.specialist * s.rows for s in found) / sum(s.rows for s in found), 3)
         for domain, found in by_domain.items()
+    }
+
+
+def quality_of(made: Made, name: str) -> dict[str, float]:
+    """What the card states: quality by field where it has fields, so that it is expected there alone; else by
+    domain."""
+    if not made.fields:
+        return domains_of(made.scores, name)
+    known = {field.name for field in made.fields}
+    return {
+        field: round(score.specialist, 3)
+        for score in made.scores
+        if (field := field_name(score.dataset, name)) in known
     }
 
 
@@ -79,22 +97,39 @@ def card_text(origin: Origin, made: Made) -> str:
         f"bytes = {made.size_bytes:_}",
         *([f"licence = {_quoted(origin.base_licence)}   # the base's"] if origin.base_licence else []),
         "",
+        "[chat]",
+        f"answer_tokens = {made.longest_answer_tokens}   # the longest learned answer and some room",
+        "",
         "[priors]",
         f"output_tokens = {made.answer_tokens:.1f}",
         "",
-        *_quality(domains),
+        *_quality(quality_of(made, origin.name)),
+        *(line for field in made.fields for line in _field(field)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _quality(domains: Mapping[str, float]) -> list[str]:
+def _field(field: Learned) -> list[str]:
+    untrained = [] if field.spec.untrained is None else [f"untrained = {round(field.spec.untrained, 3)}"]
+    return [
+        "",
+        "# Which questions are its own, learned from them: a line through their embedding. `untrained` is what a model",
+        "# without training reaches there: measured for the base.",
+        f"[fields.{_quoted(field.name)}]",
+        f"embedder = {_quoted(field.spec.embedder)}",
+        *untrained,
+        f'weights = "{field.spec.weights}"',
+    ]
+
+
+def _quality(quality: Mapping[str, float]) -> list[str]:
     """Nothing where no answer could be judged: then ratings have to teach it."""
-    if not domains:
+    if not quality:
         return ["# Its answers could not be judged, so nothing is claimed of their quality."]
     return [
         "# Measured on held-out rows; `default` is for questions outside its field.",
         "[priors.quality]",
-        *(f"{_quoted(domain)} = {quality}" for domain, quality in domains.items()),
+        *(f"{_quoted(name)} = {value}" for name, value in quality.items()),
         f"default = {OUT_OF_FIELD}",
     ]
 
@@ -129,6 +164,7 @@ def model_card(origin: Origin, made: Made, recipe: Recipe) -> str:
                 for s in made.scores
             ),
             "",
+            *_recognition(made.fields),
             f"Engine and trainer agree on {made.agreement:.1%} of the tokens of greedy answers.",
             "",
             "## Recipe",
@@ -148,6 +184,16 @@ def model_card(origin: Origin, made: Made, recipe: Recipe) -> str:
             "",
         ]
     )
+
+
+def _recognition(fields: Sequence[Learned]) -> list[str]:
+    """How well routing will tell its questions from others."""
+    lines = [
+        f"Routing takes {'-' if f.recognised is None else format(f.recognised, '.1%')} of the held-out questions of "
+        f"{f.name} for its own, and {f.captured:.1%} of everyday questions."
+        for f in fields
+    ]
+    return [*lines, ""] if lines else []
 
 
 def _limits(made: Made) -> str:

@@ -31,6 +31,8 @@ from calm.workloads.sets import Line, row_of, with_labels
 FIELD = "data"
 HELD_OUT = 0.1
 """Share of the rows without a split of their own that is held out."""
+UNLISTED = 0.25
+"""Share of the rows learned without their line of options: users leave it out, and an answer must still end."""
 KEYS = "messages; prompt and completion; or question and answer"
 
 
@@ -113,13 +115,22 @@ def _schema_row(line: Mapping[str, object], path: Path, number: int) -> Row:
 
 
 def _asked(where: str, row: Row, held_out: float) -> Example:
+    part = _part(row, held_out)
     return Example(
         where=where,
-        messages=(Message(role="user", content=render(row)),),
+        messages=(Message(role="user", content=_prompt(row, part)),),
         answer=_taught(row),
-        part=_part(row, held_out),
+        part=part,
         query=query_of(row),
     )
+
+
+def _prompt(row: Row, part: Part) -> str:
+    """The one layout, but some rows are learned without their list of labels."""
+    prompt = render(row)
+    if part == "train" and not row.lettered and place_of(f"unlisted\n{prompt}") < UNLISTED:
+        return render(msgspec.structs.replace(row, choices=()))
+    return prompt
 
 
 def _part(row: Row, held_out: float) -> Part:

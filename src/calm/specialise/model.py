@@ -1,9 +1,10 @@
 """The forward pass of the architectures we train, on a GGUF's own tensors and in its own layout.
 
 Rows of different length are computed without padding: every projection sees the tokens of all rows in one
-matrix, only attention is arranged per row. There are no biases and no dropout. What differs between the
-architectures (rotary layout, norms, activation, sliding windows) stands in `Shape`; a GGUF of another architecture
-is refused by name. Checked against llama.cpp token by token (tests, and `agreement` after every training).
+matrix, only attention is arranged per row. There are no biases; dropout (Srivastava et al. 2014) falls on what the
+two halves of a block add to the stream, and only while training. What differs between the architectures (rotary
+layout, norms, activation, sliding windows) stands in `Shape`; a GGUF of another architecture is refused by name.
+Checked against llama.cpp token by token (tests, and `agreement` after every training).
 """
 
 from __future__ import annotations
@@ -70,12 +71,19 @@ class Decoder(torch.nn.Module):
     """Frozen weights by GGUF name (`blk.0.attn_q.weight`, ...) and trainable pairs beside the projections."""
 
     def __init__(
-        self, shape: Shape, weights: Mapping[str, Tensor], rank: int, alpha: float, seed: int
+        self,
+        shape: Shape,
+        weights: Mapping[str, Tensor],
+        rank: int,
+        alpha: float,
+        seed: int,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.weights = dict(weights)
         self.scale = alpha / rank
+        self.dropout = torch.nn.Dropout(dropout)
         generator = torch.Generator().manual_seed(seed)
         self.pairs = torch.nn.ModuleDict(
             {
@@ -121,11 +129,12 @@ class Decoder(torch.nn.Module):
     def _block(self, layer: int, x: Tensor, rows: Rows, turns: tuple[Tensor, Tensor]) -> Tensor:
         blk = f"blk.{layer}."
         mixed = self._attention(layer, self._norm(x, blk + "attn_norm"), rows, turns)
-        x = x + self._after(mixed, blk + "post_attention_norm")
+        x = x + self.dropout(self._after(mixed, blk + "post_attention_norm"))
         h = self._norm(x, blk + "ffn_norm")
         gate, up = self._project(layer, "ffn_gate", h), self._project(layer, "ffn_up", h)
         gated = (functional.gelu(gate, approximate="tanh") if self.shape.gelu else functional.silu(gate)) * up
-        return x + self._after(self._project(layer, "ffn_down", gated), blk + "post_ffw_norm")
+        added = self._after(self._project(layer, "ffn_down", gated), blk + "post_ffw_norm")
+        return x + self.dropout(added)
 
     def _attention(self, layer: int, h: Tensor, rows: Rows, turns: tuple[Tensor, Tensor]) -> Tensor:
         shape, blk = self.shape, f"blk.{layer}."

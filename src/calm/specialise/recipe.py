@@ -13,6 +13,8 @@ class Recipe:
     alpha: float = 16.0
     epochs: float = 3.0
     learning_rate: float = 1e-3
+    dropout: float = 0.0
+    """Share of each block's output that is left out at a step: for few rows seen many times."""
     warmup: float = 0.05
     """Share of the steps over which the rate grows; then it falls to a tenth along a cosine."""
     rows_per_step: int = 16

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from calm.errors import BadInput, CalmError
+from calm.ports import Embedder
 from calm.records import AdapterFile, ModelCard, SourceSpec
 from calm.specialise.batches import Tokens, spread
 from calm.specialise.card import FOLDER, Made, Origin, card_text, model_card, write_card
 from calm.specialise.engine import engine_of
 from calm.specialise.evaluation import Scores, evaluate
 from calm.specialise.examples import BadRow, Example, Examples
+from calm.specialise.field import Learned, fields_of
 from calm.specialise.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Job:
     """Where unfinished trainings are kept."""
     run_dir: Path
     threads: int
+    embedder: Embedder | None = None
+    """What the server compares questions with; without one no fields are learned."""
     device: str = "cpu"
     evaluated_rows: int = 200
 
@@ -99,7 +103,8 @@ def specialise(job: Job, board: Board) -> Result:
     best, progress, steps = _trained(job, model, train, held_out, home, board)
     adapter = home / f"{job.origin.name}.gguf"
     _exported(job, model, best, adapter)
-    most = min(MOST_ANSWER_TOKENS, max(len(row.answer) for row in train) + SPARE_TOKENS)
+    longest = max(len(row.answer) for row in train) + SPARE_TOKENS
+    most = min(MOST_ANSWER_TOKENS, longest)
     answered, scores = asyncio.run(_asked(job, read.asked, adapter, most, board))
     agreed = _agreed(model, answered, job.recipe.piece_tokens)
     assert progress.best is not None
@@ -113,6 +118,8 @@ def specialise(job: Job, board: Board) -> Result:
         tokens=progress.tokens,
         seconds=progress.seconds,
         answer_tokens=sum(len(row.answer) for row in train) / len(train),
+        longest_answer_tokens=longest,
+        fields=_fields(job, scores),
     )
     result = _written(job, made, adapter, read.too_long)
     shutil.rmtree(home, ignore_errors=True)
@@ -161,7 +168,8 @@ def _model(job: Job) -> Decoder:
     torch.set_num_threads(job.threads)
     shape, weights = read_base(job.weights, torch.bfloat16)
     recipe = job.recipe
-    return Decoder(shape, weights, recipe.rank, recipe.alpha, recipe.seed).to_device(torch.device(job.device))
+    model = Decoder(shape, weights, recipe.rank, recipe.alpha, recipe.seed, recipe.dropout)
+    return model.to_device(torch.device(job.device))
 
 
 def _trained(
@@ -173,6 +181,7 @@ def _trained(
     board.stage("training", trainer.steps)
     best = trainer.run(board.trained)
     model.pairs.load_state_dict(best)
+    model.eval()
     return best, trainer.progress, trainer.steps
 
 
@@ -216,6 +225,14 @@ def _agreed(model: Decoder, answered: Sequence[Tokens], piece_tokens: int) -> fl
             "out of the fleet; please report it with the base's name"
         )
     return share
+
+
+def _fields(job: Job, scores: Sequence[Scores]) -> tuple[Learned, ...]:
+    """Which questions are its own, and what the base made of them."""
+    if job.embedder is None:
+        return ()
+    untrained = {score.dataset: score.base for score in scores}
+    return fields_of(job.examples.rows, job.origin.name, job.embedder, untrained)
 
 
 def _written(job: Job, made: Made, trained: Path, too_long: tuple[str, ...]) -> Result:

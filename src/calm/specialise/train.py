@@ -120,6 +120,8 @@ class Trainer:
         """Learn the next rows."""
         began = time.monotonic()
         number, place = divmod(self.progress.step, self.steps_per_epoch)
+        torch.manual_seed(self.recipe.seed + self.progress.step)  # dropout, the same after an interruption
+        self.model.train()
         if self._epoch is None or self._epoch[0] != number:
             self._epoch = number, epoch(self.train, self.recipe.rows_per_step, self.recipe.seed, number)
         chosen = [self.train[i] for i in self._epoch[1][place]]
@@ -180,6 +182,7 @@ class Trainer:
     @torch.no_grad()
     def measure(self, rows: Sequence[Tokens]) -> Check:
         """Loss per answer token and share of exact answers, teacher-forced."""
+        self.model.eval()
         loss, exact = 0.0, 0
         for piece in pieces(sorted(rows, key=len), self.recipe.piece_tokens):
             hidden, wanted = self._read(piece)

@@ -1,0 +1,142 @@
+"""Fields: a specialist's own questions told from everyday ones, with the embedder that is served."""
+
+from __future__ import annotations
+
+import base64
+from itertools import product
+
+import msgspec
+import numpy as np
+import pytest
+
+from calm.analyze.fields import FieldSpace, encoded
+from calm.analyze.fitting import FEWEST, elsewhere, fit, learn_field, logits
+from calm.analyze.quality import Quality
+from calm.monitor.embed import StaticEmbedder
+from calm.records import FieldSpec, ModelCard, PriorSpec
+
+EMBEDDER = StaticEmbedder()
+PLANTS = ("tomato", "rose", "basil", "fern", "orchid", "cactus", "lettuce", "tulip")
+ILLS = ("yellow leaves", "brown spots", "white mould", "drooping stems", "holes in its leaves")
+QUESTIONS = tuple(f"My {plant} has {ill}, which disease is it?" for plant, ill in product(PLANTS, ILLS))
+OURS, UNSEEN = QUESTIONS[:-10], QUESTIONS[-10:]
+
+
+@pytest.fixture(scope="module")
+def plants() -> FieldSpec:
+    found = learn_field(OURS, UNSEEN, EMBEDDER)
+    assert found is not None
+    return FieldSpec(embedder=EMBEDDER.name, weights=encoded(found.line), untrained=0.05)
+
+
+def space(*cards: dict[str, FieldSpec]) -> FieldSpace:
+    made = FieldSpace(EMBEDDER.name, EMBEDDER.dimensions)
+    made.learn(cards)
+    return made
+
+
+def test_a_field_knows_its_questions_and_leaves_everyday_ones_alone() -> None:
+    found = learn_field(OURS, UNSEEN, EMBEDDER)
+    assert found is not None
+    assert found.recognised == 1.0
+    assert found.captured < 0.05
+
+
+def test_too_few_questions_are_no_field() -> None:
+    assert learn_field(QUESTIONS[: FEWEST - 1], (), EMBEDDER) is None
+    found = learn_field(QUESTIONS[:FEWEST], (), EMBEDDER)
+    assert found is not None
+    assert found.recognised is None
+
+
+def test_the_stock_is_varied_and_without_doubles() -> None:
+    stock = elsewhere()
+    assert len(stock) > 400
+    assert len(set(stock)) == len(stock)
+
+
+def test_the_fit_is_the_minimum_of_the_balanced_loss() -> None:
+    """Its gradient is zero there, though one side has ten times the rows of the other."""
+    draw = np.random.default_rng(3)
+    ours, others = draw.normal(0.4, 1.0, (300, 5)), draw.normal(-0.4, 1.0, (30, 5))
+    line = fit(ours, others)
+    x = np.concatenate([ours, others])
+    wrong = 1 / (1 + np.exp(-logits(line, x))) - np.r_[np.ones(300), np.zeros(30)]
+    weight = np.r_[np.full(300, 0.5 / 300), np.full(30, 0.5 / 30)]
+    assert np.abs(x.T @ (weight * wrong) + 2e-4 * line[:-1]).max() < 1e-5
+    assert abs((weight * wrong).sum()) < 1e-5
+
+
+def test_the_fit_ends_on_sides_that_a_line_parts() -> None:
+    line = fit(np.full((20, 2), 1.0), np.full((20, 2), -1.0))
+    assert np.isfinite(line).all()
+    assert (logits(line, np.array([[1.0, 1.0], [-1.0, -1.0]])) > 0).tolist() == [True, False]
+
+
+def test_shares_add_up_to_one_with_everything_else(plants: FieldSpec) -> None:
+    both = space({"plants": plants}, {"more": plants})
+    at_home = both.shares(EMBEDDER.embed(UNSEEN[0]))
+    assert both.names == ("more", "plants")
+    assert at_home[0] == at_home[1]
+    assert 0.8 < at_home.sum() < 1.0
+    assert both.shares(EMBEDDER.embed("What is the capital of France?")).sum() < 0.1
+
+
+def test_a_field_of_two_cards_is_the_mean_of_their_lines(plants: FieldSpec) -> None:
+    other = learn_field(OURS[:20], (), EMBEDDER)
+    assert other is not None
+    second = FieldSpec(embedder=EMBEDDER.name, weights=encoded(other.line), untrained=0.15)
+    shared = space({"plants": plants}, {"plants": second})
+    alone = [space({"plants": one}).shares(EMBEDDER.embed(UNSEEN[0]))[0] for one in (plants, second)]
+    assert shared.names == ("plants",)
+    assert min(alone) <= shared.shares(EMBEDDER.embed(UNSEEN[0]))[0] <= max(alone)
+    assert shared.untrained["plants"] == pytest.approx(0.1)
+
+
+def test_without_fields_nothing_is_claimed() -> None:
+    assert space().shares(EMBEDDER.embed("anything")).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "change", [{"embedder": "another"}, {"weights": base64.b64encode(b"\0\0" * 9).decode()}]
+)
+def test_a_field_of_another_embedder_or_size_says_nothing(plants: FieldSpec, change: dict[str, str]) -> None:
+    assert space({"plants": msgspec.structs.replace(plants, **change)}).names == ()
+
+
+@pytest.mark.parametrize("weights", ["", "!", "AAA=", base64.b64encode(b"\0\x7c\0\0").decode()])
+def test_numbers_that_are_none_are_refused(weights: str) -> None:
+    with pytest.raises(ValueError, match=r"base64|padding"):
+        FieldSpec(embedder="e", weights=weights).numbers()
+
+
+def card(name: str, **more: object) -> ModelCard:
+    return ModelCard(name=name, description="answers", **more)  # type: ignore[arg-type]
+
+
+def test_a_specialist_is_expected_to_be_good_in_its_field_alone(plants: FieldSpec) -> None:
+    quality = Quality(EMBEDDER)
+    quality.add(0, card("base", priors=PriorSpec(quality={"default": 0.4})))
+    own = PriorSpec(quality={"plants": 0.9, "default": 0.1})
+    quality.add(
+        1,
+        card("gardener", adapter_of="base", domains=("agriculture",), fields={"plants": plants}, priors=own),
+    )
+    rows = np.arange(2)
+    at_home, _ = quality.predict(rows, EMBEDDER.embed(UNSEEN[3]))
+    elsewhere_, _ = quality.predict(rows, EMBEDDER.embed("crops, soil and harvest in the middle ages"))
+    assert at_home[1] > 0.8
+    assert at_home[0] < 0.15  # what the field says of the untrained
+    assert elsewhere_[0] > 0.3
+    assert elsewhere_[1] < 0.2
+    assert quality.domains_of(EMBEDDER.embed(UNSEEN[3]))[0][0] == "plants"
+
+
+def test_a_field_leaves_with_its_card(plants: FieldSpec) -> None:
+    quality = Quality(EMBEDDER)
+    quality.add(0, card("base", priors=PriorSpec(quality={"default": 0.4})))
+    quality.add(1, card("gardener", fields={"plants": plants}, priors=PriorSpec(quality={"plants": 0.9})))
+    question = EMBEDDER.embed(UNSEEN[0])
+    assert quality.predict(np.arange(1), question)[0][0] < 0.15
+    quality.forget(1)
+    assert quality.predict(np.arange(1), question)[0][0] > 0.3
