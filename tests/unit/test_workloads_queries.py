@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from calm.errors import BadInput
+from calm.workloads.held_out import part_of
 from calm.workloads.names import names_in
 from calm.workloads.prompts import render
 from calm.workloads.queries import Selection, load_queries
 from calm.workloads.records import WorkloadSpec
 from calm.workloads.rows import Row, subject
+from calm.workloads.sets import read_set
 
 FLEET = ("small", "large")
 
@@ -83,6 +85,8 @@ def test_a_domain_set_becomes_queries(data: Path) -> None:
 
 def test_splits(data: Path) -> None:
     assert [query.id for query in load(data, "domains:sums", split="test").queries] == ["q-1", "q-3"]
+    held_out = {query.id for query in load(data, "domains:sums", split="held-out").queries}
+    assert held_out == {row.id for row in part_of(read_set(str(data), "sums"), "test")} >= {"q-1", "q-3"}
     assert "intents: no rows of split test" in refused(data, "domains:sums,intents", split="test").message
     everything = load(data, "domains:all", split="test")
     assert everything.notes == ("without intents: no rows of split test",)

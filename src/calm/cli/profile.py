@@ -11,7 +11,7 @@ import click
 from calm.cli.options import config_option, fleet_option, json_option, settings_of
 from calm.cli.output import count, emit_json, note, warn
 from calm.cli.profile_view import Board, board, show
-from calm.cli.study_options import DATA_ENV
+from calm.cli.study_options import DATA_ENV, SPLITS
 from calm.errors import BadInput, SourceError
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ Keep = Callable[["Profile"], None]
     type=click.Path(file_okay=False),
     help=f"Directory of query sets.  [env: {DATA_ENV}]",
 )
-@click.option("--split", type=click.Choice(("train", "test")), help="Use only this split of the query sets.")
+@click.option(
+    "--split", type=click.Choice(SPLITS),
+    help="Use only this split of the query sets; held-out: rows that no shipped specialist has learned.",
+)  # fmt: skip
 @click.option(
     "--sample",
     type=click.IntRange(1),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=Callable[..., object])
 DATA_ENV = "CALM_DATA"
+SPLITS = ("train", "test", "held-out")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ _OPTIONS = (
     click.option("--requests", type=click.IntRange(1), metavar="N", help="Requests of a trial."),
     click.option("--duration", type=click.FloatRange(0, min_open=True), metavar="S", help="Seconds of a trial."),
     click.option("--rate", type=click.FloatRange(0, min_open=True), metavar="RPS", help="Mean requests per second."),
-    click.option("--split", type=click.Choice(("train", "test")), help="Use only this split of the query sets."),
+    click.option(
+        "--split",
+        type=click.Choice(SPLITS),
+        help="Use only this split of the query sets; held-out: rows that no shipped specialist has learned.",
+    ),
     click.option(
         "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer, in tokens."
     ),

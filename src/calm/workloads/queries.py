@@ -17,6 +17,7 @@ from calm.errors import BadInput
 from calm.records import Record
 from calm.workloads.answers import merged, models_in, read_answers
 from calm.workloads.files import REFERENCE
+from calm.workloads.held_out import part_of
 from calm.workloads.names import names_in
 from calm.workloads.prompts import render
 from calm.workloads.records import Query, Recorded, WorkloadSpec
@@ -25,6 +26,7 @@ from calm.workloads.sets import read_set, set_names
 from calm.workloads.tables import read_table
 
 FIELD = "queries"
+HELD_OUT = "held-out"
 ALL = "all"
 
 
@@ -152,6 +154,9 @@ def query_of(row: Row, known: Mapping[str, Recorded] | None = None) -> Query:
 
 
 def _of_split(rows: Sequence[Row], split: str | None) -> tuple[Row, ...]:
+    """`train` and `test` as the rows name them; `held-out`: the part that no trainer of ours has seen."""
+    if split == HELD_OUT:
+        return part_of(rows, "test")
     return tuple(row for row in rows if split in (None, row.split))
 
 
