@@ -13,7 +13,7 @@ import gzip
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -22,11 +22,28 @@ import numpy as np
 
 from calm.analyze.analyzer import FEW, Analyzer
 from calm.analyze.domains import DomainSpace
+from calm.analyze.fields import FieldSpace, encoded
+from calm.analyze.fitting import learn_field
 from calm.analyze.quality import Quality
 from calm.monitor.embed import StaticEmbedder
 from calm.monitor.features import extract
 from calm.monitor.language import LanguageDetector
-from calm.records import Ask, Estimate, Features, ModelCard, ModelState, Outcome, PriorSpec, Reading, Snapshot
+from calm.records import (
+    Ask,
+    Estimate,
+    Features,
+    FieldSpec,
+    ModelCard,
+    ModelState,
+    Outcome,
+    PriorSpec,
+    Reading,
+    Snapshot,
+)
+from calm.workloads.held_out import Part, split_of
+from calm.workloads.prompts import render
+from calm.workloads.rows import Row
+from calm.workloads.sets import read_set
 
 DOMAIN_OF = {
     "gsm8k": "math",
@@ -40,6 +57,11 @@ DOMAIN_OF = {
     "commonsenseqa": "commonsense",
     "arc_challenge": "science",
 }
+LEARNED = (
+    "headlines_finance", "pubmedqa", "medqa", "banking77", "spider_dev", "gsm8k", "svamp", "squad_dev",
+)  # fmt: skip
+STRANGERS = ("clinc150", "commonsenseqa", "arc_challenge", "humaneval")
+"""Sets that no shipped specialist was made for."""
 QUESTION = "A patient of 70 kg gets 5 mg per kg twice a day. How many mg is that in a week?"
 
 OUTCOME = Outcome(
@@ -66,6 +88,7 @@ def main() -> None:
         print("skipped: domain accuracy and learning from ratings (give --data DIR)")
         return
     domains(embedder, data)
+    fields(embedder, data)
     ratings(embedder, data)
 
 
@@ -126,6 +149,32 @@ def domains(embedder: StaticEmbedder, data: Path) -> None:
         print(f"  {name:18} {domain:12} {shares[-1]:.1%}")
     count = len(space.names)
     print(f"zero-shot domain, {count} to choose from, mean of {len(shares)} sets: {np.mean(shares):.1%}")
+
+
+def fields(embedder: StaticEmbedder, data: Path) -> None:
+    """Fields learned from train parts: where the questions of held-out parts, and of sets nobody learned, land."""
+    read = {name: read_set(str(data), name) for name in (*LEARNED, *STRANGERS)}
+    learned = {
+        name: FieldSpec(embedder=embedder.name, weights=encoded(found.line))
+        for name in LEARNED
+        if (found := learn_field(prompts(read[name], "train"), (), embedder))
+    }
+    space = FieldSpace(embedder.name, embedder.dimensions)
+    space.learn([learned])
+    for name in (*LEARNED, *STRANGERS):
+        asked = prompts(read[name], "test" if name in LEARNED else None)
+        random.Random(0).shuffle(asked)
+        shares = np.mean([space.shares(embedder.embed(text)) for text in asked[:300]], axis=0)
+        said = sorted(zip(shares, space.names, strict=True), reverse=True)[:3]
+        print(
+            f"  field of {name:18} "
+            + ", ".join(f"{n} {s:.2f}" for s, n in said)
+            + f", none {1 - shares.sum():.2f}"
+        )
+
+
+def prompts(of: Sequence[Row], part: Part | None) -> list[str]:
+    return [render(row) for row in of if part is None or split_of(row) == part]
 
 
 def ratings(embedder: StaticEmbedder, data: Path) -> None:

@@ -4,7 +4,7 @@ A domain (domains.py) is known by a few words and takes in whatever sounds like 
 so is "the capital of France". A specialist knows much less than a domain: headlines about gold, in one form. Its
 field is a line through the embedding that tells its questions from everyday ones (fitting.py, `calm models field`):
 
-    P(f | question) = exp(z_f) / (1 + sum_g exp(z_g)),    z_f = w_f . embedding + b_f
+    P(f | question) = exp(z_f) / (1 + sum_g exp(z_g)),    z_f = (w_f . embedding + b_f) / 0.7
 
 What no field claims is left to the domains. A card carries its fields as base64 of 16-bit floats, w then b, for one
 embedder; under another embedder they say nothing and the domains decide alone.
@@ -23,6 +23,8 @@ from calm.records import FieldSpec, Vector
 Line = NDArray[np.float32]
 """(dimensions + 1,): w, then b."""
 
+_TEMPERATURE = 0.7
+"""A ridge makes lines cautious; this makes up for it (docs/decisions/0004-prediction.md)."""
 _LARGEST = 30.0
 """Beyond this a logit is a certainty; keeps exponentials in range."""
 
@@ -69,5 +71,6 @@ class FieldSpace:
 
     def shares(self, query: Vector) -> NDArray[np.float32]:
         """Probability of each field, (fields,); what they leave of 1 is everything else."""
-        odds = np.exp(np.minimum(self._weights.dot(query) + self._bias, _LARGEST))
+        logits = (self._weights.dot(query) + self._bias) / _TEMPERATURE
+        odds = np.exp(np.minimum(logits, _LARGEST))
         return np.asarray(odds / (1.0 + odds.sum()), np.float32)
