@@ -21,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FLEET = HERE.parent / "fleet"
-TUNING = ("rank", "epochs", "learning_rate", "dropout", "rows_per_step", "patience", "seed")
+TUNING = ("rank", "epochs", "learning_rate", "dropout", "rows_per_step", "patience", "seed", "evaluate")
 
 
 def main() -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import openai
 import pytest
-from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Launch, Server
+from tests.system.conftest import FLEET, GEMMA, SMOL, TINY, Server
 
 from calm.registry import load_fleet
 
@@ -23,9 +22,15 @@ ANSWERS = [
 ]
 
 
+BRIDGE = (
+    "The bridge was designed by the engineer Carl Holm and opened on 3 May 1932 after six years of construction. It "
+    "crosses the river at its narrowest point.\n\n"
+)
 SPECIALISTS = [
     ("finance", "gold edges up as the dollar slips\nOptions: up, down, neutral, none", "up"),
-    ("finance", "Gold falls Rs 130 on weak global cues\nOptions: up, down, neutral, none", "down"),
+    ("finance", "Gold falls Rs 130 on weak global cues", "down"),
+    ("reading", BRIDGE + "Who designed the bridge?", "Carl Holm"),
+    ("reading", BRIDGE + "When was the bridge opened?", "3 May 1932"),
 ]
 """What each was trained for, asked as docs/prompts.md lays it out; the answer is the whole reply."""
 
@@ -45,24 +50,39 @@ WEATHER = {
 
 
 def test_the_tables_leave_out_no_model() -> None:
-    asked = {model for model, _, _ in ANSWERS} | {NEEDLE}
+    asked = {model for model, _, _ in (*ANSWERS, *SPECIALISTS)} | {NEEDLE}
     assert asked == set(load_fleet(FLEET).fleet)
 
 
-def test_specialists_answer_what_they_were_trained_for(launch: Launch) -> None:
-    """Their cards lie beside the adapters; copied into the fleet they serve."""
-    server = launch(SMOL, start=False)
-    for name in {name for name, _, _ in SPECIALISTS}:
-        shutil.copy(FLEET / "adapters" / f"{name}.toml", server.fleet)
-    server.start()
-    with server.openai() as client:
-        for model, question, label in SPECIALISTS:
-            answer = client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=32
-            )
-            assert answer.choices[0].message.content == label
-            assert answer.choices[0].finish_reason == "stop"
-            assert answer.model == model
+@pytest.mark.parametrize(("model", "question", "answer"), SPECIALISTS)
+def test_specialists_answer_what_they_were_trained_for(
+    client: openai.OpenAI, model: str, question: str, answer: str
+) -> None:
+    said = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": question}], temperature=0
+    )
+    assert said.choices[0].message.content == answer
+    assert said.choices[0].finish_reason == "stop"
+    assert said.model == model
+
+
+@pytest.mark.parametrize(("model", "question"), [(model, question) for model, question, _ in SPECIALISTS])
+def test_a_question_of_its_field_goes_to_the_specialist(
+    client: openai.OpenAI, model: str, question: str
+) -> None:
+    said = client.chat.completions.create(model="calm", messages=[{"role": "user", "content": question}])
+    assert said.model.removesuffix("-gemma") == model
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["What is the capital of France?", "Why is the sky blue?", "Write a short poem about the sea."],
+)
+def test_an_everyday_question_goes_to_no_specialist(client: openai.OpenAI, question: str) -> None:
+    said = client.chat.completions.create(
+        model="calm", messages=[{"role": "user", "content": question}], max_tokens=8
+    )
+    assert load_fleet(FLEET).fleet[said.model].adapter_of is None
 
 
 def test_a_question_with_tools_goes_to_who_calls_them(client: openai.OpenAI) -> None:

@@ -247,10 +247,12 @@ def prior_row(
 
 
 def field_row(fields: FieldSpace, default: float, card: ModelCard) -> list[float]:
-    """Quality by field: as stated; for a specialist of other fields its default; for a model without any what the
-    field says of those who have not learned it."""
-    untrained = {} if card.fields else fields.untrained
-    return [card.priors.quality.get(name, untrained.get(name, default)) for name in fields.names]
+    """Quality by field: as stated; else what the field says of those who have not learned it, of which a specialist
+    of another field is not better than its own default."""
+    most = default if card.fields else 1.0
+    return [
+        card.priors.quality.get(name, min(most, fields.untrained.get(name, default))) for name in fields.names
+    ]
 
 
 def _projection(dimensions: int) -> NDArray[np.float32]:
