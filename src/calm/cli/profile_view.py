@@ -4,61 +4,44 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from calm.cli.one_bar import OneBar
 from calm.cli.output import UNKNOWN, note, print_table, seconds, size
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichBars
-
     from calm.profile import Length, MachineProfile, ModelProfile, Profile
 
 SOME = 0.05
 """Share of the work from which on the time it took says something about the rest."""
 
 
-class Board(AbstractContextManager["Board"]):
-    """A Watch of calm.bench.measure_engine: one bar on a terminal, a line per stage in a log or a pipe."""
+class Board(OneBar):
+    """A Watch of calm.bench.measure_engine: the bar is in seconds of expected work."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._bars = _bars(stream) if stream.isatty() else None
-        self._task = self._bars.add_task("", total=None) if self._bars else None
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        super().__init__(
+            stream, TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        )
         self._total_s = self._done_s = 0.0
         self._begun_s = time.monotonic()
-
-    def __enter__(self) -> Board:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
 
     def expect(self, total_s: float) -> None:
         """About how many seconds of work there are."""
         self._total_s = total_s
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=total_s)
+        self.update(total=total_s)
 
     def stage(self, name: str, what: str) -> None:
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, description=f"{name}: {what}")
-        else:
-            self._stream.write(f"{name}: {what}{self._left()}\n")
-            self._stream.flush()
+        self.update(description=f"{name}: {what}")
+        self.say(f"{name}: {what}{self._left()}")
 
-    def advance(self, expected_s: float) -> None:
-        self._done_s += expected_s
-        if self._bars is not None and self._task is not None:
-            self._bars.advance(self._task, expected_s)
+    def advance(self, by: float = 1.0) -> None:
+        self._done_s += by
+        super().advance(by)
 
     def _left(self) -> str:
         """As the expected time has run true so far, this is left."""
@@ -70,21 +53,6 @@ class Board(AbstractContextManager["Board"]):
 
 def board() -> Board:
     return Board(sys.stderr)
-
-
-def _bars(stream: TextIO) -> RichBars:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=stream),
-        transient=True,
-        speed_estimate_period=300.0,
-    )
 
 
 # --- the figures ------------------------------------------------------------------------------------
