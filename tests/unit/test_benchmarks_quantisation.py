@@ -22,8 +22,11 @@ gguf = pytest.importorskip("gguf")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import quantisation, switching  # noqa: E402
-from benchmarks.quantisation import AS_IS, Round, Scored, Subject  # noqa: E402
+from benchmarks import switching  # noqa: E402
+from benchmarks.quantisation import figures, quality, weights  # noqa: E402
+from benchmarks.quantisation.__main__ import parse  # noqa: E402
+from benchmarks.quantisation.measuring import Lines, Round, Scored, round_plan  # noqa: E402
+from benchmarks.quantisation.weights import AS_IS, TYPES, Subject  # noqa: E402
 from benchmarks.real_engine import Stock  # noqa: E402
 
 BASE = "smol"
@@ -64,7 +67,7 @@ def values(path: Path, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.flo
 
 def test_q4_k_falls_back_to_q5_0_for_rows_that_do_not_divide(tmp_path: Path) -> None:
     source = base_file(tmp_path / "base.gguf")
-    made = quantisation.subject(BASE, "Q4_K", source, tmp_path)
+    made = weights.subject(BASE, "Q4_K", source, tmp_path)
     types = {name: tensor.type_name for name, tensor in read_header(made.path).tensors.items()}
     assert types == {
         "token_embd.weight": "Q8_0",
@@ -81,9 +84,9 @@ def test_q4_k_falls_back_to_q5_0_for_rows_that_do_not_divide(tmp_path: Path) -> 
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q8_0"])
 def test_other_types_are_made_by_the_products_own_converter(tmp_path: Path, type_name: str) -> None:
     source = base_file(tmp_path / "base.gguf")
-    made = quantisation.subject(BASE, type_name, source, tmp_path)
+    made = weights.subject(BASE, type_name, source, tmp_path)
     assert made.mix == f"{type_name} x 2"
-    assert quantisation.subject(BASE, AS_IS, source, tmp_path).path == source
+    assert weights.subject(BASE, AS_IS, source, tmp_path).path == source
 
 
 def test_a_file_is_converted_once_and_half_a_file_is_never_taken_for_one(
@@ -95,13 +98,13 @@ def test_a_file_is_converted_once_and_half_a_file_is_never_taken_for_one(
         target.write_bytes(b"half")
         raise BadInput("no room")
 
-    monkeypatch.setattr(quantisation, "convert", broken)
+    monkeypatch.setattr(weights, "convert", broken)
     with pytest.raises(BadInput):
-        quantisation.subject(BASE, "Q8_0", source, tmp_path)
+        weights.subject(BASE, "Q8_0", source, tmp_path)
     monkeypatch.undo()
-    first = quantisation.subject(BASE, "Q8_0", source, tmp_path)
-    monkeypatch.setattr(quantisation, "convert", broken)
-    assert quantisation.subject(BASE, "Q8_0", source, tmp_path) == first
+    first = weights.subject(BASE, "Q8_0", source, tmp_path)
+    monkeypatch.setattr(weights, "convert", broken)
+    assert weights.subject(BASE, "Q8_0", source, tmp_path) == first
 
 
 # --- speed ------------------------------------------------------------------------------------------
@@ -112,12 +115,12 @@ def subject(type_name: str) -> Subject:
 
 
 def test_every_round_has_every_type_on_every_thread_count_once() -> None:
-    subjects = [subject(name) for name in quantisation.TYPES]
-    planned = quantisation.round_plan(subjects, [1, 2], 5)
+    subjects = [subject(name) for name in TYPES]
+    planned = round_plan(subjects, [1, 2], 5)
     for number in range(5):
         of_round = planned[8 * number : 8 * number + 8]
         assert {(of.type, threads) for of, threads, _ in of_round} == {
-            (name, threads) for name in quantisation.TYPES for threads in (1, 2)
+            (name, threads) for name in TYPES for threads in (1, 2)
         }
         assert {n for *_, n in of_round} == {number}
     assert len({tuple(of.type for of, *_ in planned[8 * n : 8 * n + 8]) for n in range(5)}) > 1
@@ -134,14 +137,14 @@ def test_types_are_compared_with_the_rounds_they_share_with_the_authors_file() -
     drifting = [1.0, 2.0, 4.0]
     rounds = [timed(AS_IS, n, s) for n, s in enumerate(drifting)]
     rounds += [timed("Q4_0", n, s / 2) for n, s in enumerate(drifting)]
-    as_is, q4 = quantisation.speeds(rounds, [subject(AS_IS), subject("Q4_0")], [1])
+    as_is, q4 = figures.speeds(rounds, [subject(AS_IS), subject("Q4_0")], [1])
     assert as_is.latency_ratio is None
     assert q4.latency_ratio is not None
     assert (q4.latency_ratio.value, q4.latency_ratio.low, q4.latency_ratio.high) == pytest.approx(
         (0.5, 0.5, 0.5)
     )
     assert q4.query_s == (1.0, 0.5, 2.0)
-    assert "Q8_0 x 2" in quantisation.report([as_is, q4], [])
+    assert "Q8_0 x 2" in figures.report([as_is, q4], [])
 
 
 # --- quality ----------------------------------------------------------------------------------------
@@ -156,25 +159,25 @@ def query(
 
 
 def test_options_are_letters_words_or_few_labels() -> None:
-    assert quantisation.options_of(query("B", "choice", ("x", "y", "z"))) == ("A", "B", "C")
-    assert quantisation.options_of(query("yes", "yes/no/maybe", ())) == ("yes", "no", "maybe")
-    assert quantisation.options_of(query("up")) == ("up", "down", "neutral", "none")
-    assert quantisation.options_of(query("1", "label", tuple(map(str, range(21))))) == ()
-    assert quantisation.options_of(query("7", "number", ())) == ()
+    assert quality.options_of(query("B", "choice", ("x", "y", "z"))) == ("A", "B", "C")
+    assert quality.options_of(query("yes", "yes/no/maybe", ())) == ("yes", "no", "maybe")
+    assert quality.options_of(query("up")) == ("up", "down", "neutral", "none")
+    assert quality.options_of(query("1", "label", tuple(map(str, range(21))))) == ()
+    assert quality.options_of(query("7", "number", ())) == ()
 
 
 def test_a_token_speaks_for_the_only_option_it_begins() -> None:
-    forced, loss = quantisation.forced_choice(query("neutral"), {" neut": 0.3, "Up": 0.1, "n": 0.6})
+    forced, loss = quality.forced_choice(query("neutral"), {" neut": 0.3, "Up": 0.1, "n": 0.6})
     assert forced == 1.0
     assert loss == pytest.approx(-math.log(0.75), abs=1e-3)
-    forced, loss = quantisation.forced_choice(query("down"), {" neut": 0.3, "Up": 0.1})
+    forced, loss = quality.forced_choice(query("down"), {" neut": 0.3, "Up": 0.1})
     assert forced == 0.0
     assert loss > 10
 
 
 @given(st.dictionaries(st.text(max_size=8), st.floats(0, 1), max_size=20), st.sampled_from(["up", "none"]))
 def test_the_log_loss_is_a_surprise_whatever_the_tokens(first: dict[str, float], right: str) -> None:
-    forced, loss = quantisation.forced_choice(query(right), first)
+    forced, loss = quality.forced_choice(query(right), first)
     assert forced in (0.0, 1.0)
     assert loss >= 0.0
     assert math.isfinite(loss)
@@ -190,27 +193,27 @@ def scored(type_name: str, number: int, loss: float) -> Scored:
 def test_quality_is_compared_row_by_row_and_only_of_the_same_weights() -> None:
     rows = [scored(AS_IS, n, float(n)) for n in range(4)] + [scored("Q4_0", n, n + 0.25) for n in range(3)]
     ids = [str(n) for n in range(4)]
-    found = quantisation.quality(
+    found = figures.quality(
         subject("Q4_0"), BASE, "d",
-        quantisation.rows_of(rows, (BASE, "Q4_0", BASE, "w"), ids),
-        quantisation.rows_of(rows, (BASE, AS_IS, BASE, "w"), ids),
+        figures.rows_of(rows, (BASE, "Q4_0", BASE, "w"), ids),
+        figures.rows_of(rows, (BASE, AS_IS, BASE, "w"), ids),
     )  # fmt: skip
     assert found.log_loss_change is not None
     assert (found.log_loss_change.value, found.log_loss_change.n) == (0.25, 3)
-    assert quantisation.rows_of(rows, (BASE, AS_IS, BASE, "other"), ids) == {}
+    assert figures.rows_of(rows, (BASE, AS_IS, BASE, "other"), ids) == {}
 
 
 def test_lines_are_kept_and_half_a_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "out" / "rounds.jsonl"
-    quantisation.Lines(path).add(timed("Q4_0", 0, 1.0))
+    Lines(path).add(timed("Q4_0", 0, 1.0))
     path.write_bytes(path.read_bytes() + b'{"base": "sm')
-    lines = quantisation.Lines(path)
+    lines = Lines(path)
     lines.add(timed("Q4_0", 1, 1.0))
     assert [row.number for row in lines.read(Round)] == [0, 1]
 
 
 def test_the_authors_file_is_always_among_the_types() -> None:
-    assert quantisation.parse(["--types", "Q4_K"]).types == [AS_IS, "Q4_K"]
+    assert parse(["--types", "Q4_K"]).types == [AS_IS, "Q4_K"]
 
 
 # --- switching --------------------------------------------------------------------------------------
