@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from calm.registry import load_fleet
@@ -16,7 +17,7 @@ from calm.report.files import StudyDirectory
 from calm.report.records import Setup
 from calm.settings import cache_dir
 
-from .conftest import FLEET
+from .conftest import FLEET, eventually
 
 pytestmark = [pytest.mark.models, pytest.mark.timeout(300)]
 
@@ -38,31 +39,39 @@ def write_set(file: Path) -> None:
     file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
-def bench(root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def command(root: Path, *flags: str) -> tuple[list[str], dict[str, str]]:
+    """What to type, and the environment of a user without settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CALM_")}
-    return subprocess.run(
-        [
-            *(sys.executable, "-c", "from calm.cli import main; main()", "bench", "--fleet", str(FLEET)),
-            *("--data", str(root / "data"), "--queries", "domains:capitals", "--requests", str(REQUESTS)),
-            *(
-                "--rate",
-                "2",
-                "--max-tokens",
-                "8",
-                "--seeds",
-                "1",
-                "--budget",
-                "2GB",
-                "--out",
-                str(root / "out"),
-            ),
-            *flags,
-        ],
-        env={**kept, "CALM_CACHE_DIR": str(cache_dir()), "XDG_CONFIG_HOME": str(root / "config")},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    words = [
+        *(sys.executable, "-c", "from calm.cli import main; main()", "bench", "--fleet", str(FLEET)),
+        *("--data", str(root / "data"), "--queries", "domains:capitals", "--requests", str(REQUESTS)),
+        *("--rate", "2", "--max-tokens", "8", "--seeds", "1", "--budget", "2GB", "--out", str(root / "out")),
+        *flags,
+    ]
+    return words, {**kept, "CALM_CACHE_DIR": str(cache_dir()), "XDG_CONFIG_HOME": str(root / "config")}
+
+
+def bench(root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    words, environment = command(root, *flags)
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_a_terminated_campaign_takes_its_server_and_engines_along(weights: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "data" / "domain" / "capitals.jsonl.gz")
+    words, environment = command(tmp_path, "--cache", "none")
+    with subprocess.Popen(
+        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as campaign:
+        family = eventually("the server has started an engine", lambda: engines_of(campaign.pid))
+        campaign.terminate()
+        assert campaign.wait(60) == 143
+    eventually("nothing is left", lambda: not any(one.is_running() for one in family))
+
+
+def engines_of(pid: int) -> list[psutil.Process]:
+    """All below it, once there is more than the server."""
+    below = psutil.Process(pid).children(recursive=True)
+    return below if len(below) > 1 else []
 
 
 def test_a_small_campaign_on_real_models_and_the_same_again(weights: Path, tmp_path: Path) -> None:
