@@ -12,7 +12,7 @@ LOCKUV  := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate
 .DEFAULT_GOAL := help
 .PHONY: help serve test check format lock weights reference clean train-env adapters \
         bench-gateway bench-decision bench-threads bench-soak bench-fresh bench-paper bench-scaling bench-truth \
-        bench-quantisation bench-specialists bench-switching bench-training
+        bench-headline bench-quantisation bench-specialists bench-switching bench-training
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,10 @@ bench-truth: $(VENV)/.dev weights ## the simulator beside the real engine at thr
 	   --out results/profile.toml --answers results/answers.jsonl
 	@$(BIN)/python -m benchmarks.simulator_truth --profile results/profile.toml --answers results/answers.jsonl \
 	   --data "$(DATA)"
+HALF = 640MB
+bench-headline: $(VENV)/.dev weights ## the fleet of specialists against its largest model, three loads (DATA=DIR; an hour)
+	@$(BIN)/calm models pull --assets --fleet fleet
+	@$(BIN)/python -m benchmarks.headline --data "$(DATA)" --budget $(HALF)
 bench-quantisation: $(VENV)/.dev weights ## which quantisation of a base is fastest at equal quality (DATA=DIR)
 	@$(BIN)/python -m benchmarks.quantisation --data "$(DATA)"
 bench-specialists: $(VENV)/.dev weights ## specialists, bases and TinyLlama on held-out rows (DATA=DIR, LIMIT=rows; hours)

@@ -21,7 +21,7 @@ from benchmarks.studies import mean_of, shown, table, times
 from calm.report.figures import Figures, figures_of
 from calm.report.files import load_study
 from calm.report.intervals import Interval
-from calm.report.plot_style import LINES, MARKERS, PAGE_IN, new_figure, save, styled
+from calm.report.plot_style import LINES, MARKERS, PAGE_IN, new_figure, plain_log, save, styled
 
 QUERIES = "domains:headlines_finance,pubmedqa,medqa,banking77,spider_dev,gsm8k,svamp,squad_dev"
 POLICIES = ("calm", "paper", "random", "fixed:tinyllama-1.1b")
@@ -147,6 +147,7 @@ def drawn(found: Mapping[float, Mapping[str, BySeed]], out: Path) -> Sequence[Pa
                 panel.set_ylim(bottom=0)
             else:
                 panel.set_yscale("log")
+                plain_log(panel, "y")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(policies))
         return save(figure, out, "headline")
 

@@ -29,6 +29,7 @@ BRIDGE = (
 SPECIALISTS = [
     ("finance", "gold edges up as the dollar slips\nOptions: up, down, neutral, none", "up"),
     ("finance", "Gold falls Rs 130 on weak global cues", "down"),
+    ("support", "My card was stolen on the train, what now?", "lost_or_stolen_card"),
     ("reading", BRIDGE + "Who designed the bridge?", "Carl Holm"),
     ("reading", BRIDGE + "When was the bridge opened?", "3 May 1932"),
 ]
