@@ -80,7 +80,7 @@ bench-truth: $(VENV)/.dev weights ## the simulator beside the real engine at thr
 	   --out results/profile.toml --answers results/answers.jsonl
 	@$(BIN)/python -m benchmarks.simulator_truth --profile results/profile.toml --answers results/answers.jsonl \
 	   --data "$(DATA)"
-HALF = 640MB
+HALF = 900MB
 bench-headline: $(VENV)/.dev weights ## the fleet of specialists against its largest model, three loads (DATA=DIR; an hour)
 	@$(BIN)/calm models pull --assets --fleet fleet
 	@$(BIN)/python -m benchmarks.headline --data "$(DATA)" --budget $(HALF)
