@@ -1,9 +1,9 @@
 """Does the engine compute what the trainer trained? Checked after every export, before anybody relies on it.
 
-The engine answers held-out rows greedily with the adapter; the trainer then reads the same answers and says how likely it
-holds each token. Logits around 20 are rounded to eighths in bf16, and the engine multiplies 8-bit numbers: of two letters
-that are a toss-up it may write the other one. So a token agrees when the trainer finds none clearly likelier; a
-wrong layout, template or scale is a landslide all the same.
+The engine answers held-out rows greedily with the adapter; the trainer then reads the same answers and says how likely
+it holds each token. Logits around 20 are rounded to eighths in bf16, and the engine multiplies 8-bit numbers: of two
+letters that are a toss-up it may write the other one. So a token agrees when the trainer finds none clearly likelier;
+a wrong layout, template or scale is a landslide all the same.
 """
 
 from __future__ import annotations
