@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import openai
 import pytest
@@ -26,14 +27,27 @@ BRIDGE = (
     "The bridge was designed by the engineer Carl Holm and opened on 3 May 1932 after six years of construction. It "
     "crosses the river at its narrowest point.\n\n"
 )
+SINGERS = "singer(Singer_ID, Name, Country, Age); concert(Concert_ID, Singer_ID, Year)\n\n"
+TRIAL = (
+    "Forty patients with back pain walked for an hour a day and forty did not. After six months pain had fallen by half "
+    "in those who walked (p < 0.01) and had not changed in the others.\n\n"
+)
 SPECIALISTS = [
     ("finance", "gold edges up as the dollar slips\nOptions: up, down, neutral, none", "up"),
     ("finance", "Gold falls Rs 130 on weak global cues", "down"),
+    ("finance-gemma", "gold edges up as the dollar slips\nOptions: up, down, neutral, none", "up"),
     ("support", "My card was stolen on the train, what now?", "lost_or_stolen_card"),
+    ("medical", TRIAL + "Does walking relieve back pain?", "yes"),
+    ("math", "Tom has 24 marbles. He gives 7 to his sister. How many marbles does he have left?", r"\d+"),
+    ("sql", SINGERS + "How many singers are older than 40?", r"SELECT .*singer.*"),
     ("reading", BRIDGE + "Who designed the bridge?", "Carl Holm"),
     ("reading", BRIDGE + "When was the bridge opened?", "3 May 1932"),
+    ("reading-gemma", BRIDGE + "Who designed the bridge?", "Carl Holm"),
 ]
-"""What each was trained for, asked as docs/prompts.md lays it out; the answer is the whole reply."""
+"""What each was trained for, asked as docs/prompts.md lays it out, and a pattern for the whole reply: the answer where
+a specialist is good, else its form."""
+AT_HOME = {"finance", "support", "medical", "math", "reading"}
+"""Who is expected to be the best of the fleet on such a question before anything was observed."""
 
 NEEDLE = "needle-26m"
 WEATHER = {
@@ -55,19 +69,21 @@ def test_the_tables_leave_out_no_model() -> None:
     assert asked == set(load_fleet(FLEET).fleet)
 
 
-@pytest.mark.parametrize(("model", "question", "answer"), SPECIALISTS)
+@pytest.mark.parametrize(("model", "question", "pattern"), SPECIALISTS)
 def test_specialists_answer_what_they_were_trained_for(
-    client: openai.OpenAI, model: str, question: str, answer: str
+    client: openai.OpenAI, model: str, question: str, pattern: str
 ) -> None:
     said = client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}], temperature=0
     )
-    assert said.choices[0].message.content == answer
+    assert re.fullmatch(pattern, said.choices[0].message.content or "")
     assert said.choices[0].finish_reason == "stop"
     assert said.model == model
 
 
-@pytest.mark.parametrize(("model", "question"), [(model, question) for model, question, _ in SPECIALISTS])
+@pytest.mark.parametrize(
+    ("model", "question"), [(model, question) for model, question, _ in SPECIALISTS if model in AT_HOME]
+)
 def test_a_question_of_its_field_goes_to_the_specialist(
     client: openai.OpenAI, model: str, question: str
 ) -> None:
