@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 from zlib import crc32
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -235,6 +236,14 @@ def test_a_policys_name_makes_it_again(spec: str) -> None:
 
 def test_fixed_puts_its_model_first() -> None:
     assert rank(make("fixed:m1"), fleet(3))[0].model == "m1"
+
+
+@pytest.mark.parametrize("request_id", ["r1", "r2", "r3", "r4"])
+def test_what_fixed_falls_back_on_are_specialists_last_of_all(request_id: str) -> None:
+    cards = fleet(4)
+    cards["m0"] = msgspec.structs.replace(cards["m0"], adapter_of="m2")
+    assert rank(make("fixed:m1"), cards, request_id)[-1].model == "m0"
+    assert rank(make("fixed:m0"), cards, request_id)[0].model == "m0"
 
 
 def test_fixed_refuses_a_misspelt_name_when_the_fleet_is_known() -> None:

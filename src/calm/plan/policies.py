@@ -134,7 +134,8 @@ class CalmPolicy:
 
 
 class FixedPolicy:
-    """One model first; the others, least loaded first, only serve when it cannot."""
+    """One model first; the others, least loaded first, only serve when it cannot, specialists last of all: most
+    questions are none of theirs."""
 
     def __init__(self, model: str) -> None:
         self.name = f"fixed:{model}"
@@ -151,7 +152,10 @@ class FixedPolicy:
         weights: Weights,
     ) -> tuple[Candidate, ...]:
         names = list(cards)
-        other = [0.0 if name == self._model else 1.0 for name in names]
+        other = [
+            0.0 if name == self._model else 1.0 if card.adapter_of is None else 2.0
+            for name, card in cards.items()
+        ]
         return _by_score("other", names, other, snapshot, ask)
 
 
