@@ -140,3 +140,16 @@ def test_a_field_leaves_with_its_card(plants: FieldSpec) -> None:
     assert quality.predict(np.arange(1), question)[0][0] < 0.15
     quality.forget(1)
     assert quality.predict(np.arange(1), question)[0][0] > 0.3
+
+
+def test_under_another_embedder_the_specialists_domains_have_its_quality(plants: FieldSpec) -> None:
+    foreign = msgspec.structs.replace(plants, embedder="another")
+    quality = Quality(EMBEDDER)
+    quality.add(0, card("base", priors=PriorSpec(quality={"default": 0.4})))
+    own = PriorSpec(quality={"plants": 0.9, "default": 0.1})
+    gardener = card("gardener", domains=("agriculture",), fields={"plants": foreign}, priors=own)
+    quality.add(1, gardener)
+    found, _ = quality.predict(
+        np.arange(2), EMBEDDER.embed("crops, soil, irrigation, livestock, farmer, harvest")
+    )
+    assert found[1] > found[0]

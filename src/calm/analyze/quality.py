@@ -99,12 +99,8 @@ class Quality:
         self._default[row] = card.priors.quality.get(_DEFAULT, UNSTATED_QUALITY)
         if self._domains is None or self._embedder is None:
             return
-        stated = {
-            canonical(name): float(value)
-            for name, value in card.priors.quality.items()
-            if name != _DEFAULT and name not in card.fields
-        }
-        claimed = [] if card.fields else [canonical(name) for name in card.domains]
+        at_home = any(field.embedder == self._embedder.name for field in card.fields.values())
+        stated, claimed = by_domain(card, at_home=at_home)
         self._learn_names([*stated, *claimed])
         self._described[row] = self._embedder.embed(card.description)
         self._cards[row] = card
@@ -244,6 +240,25 @@ def prior_row(
         elif name in claimed and name != GENERAL:
             row[index] = default + CLAIMED_DOMAIN_BONUS
     return np.asarray(np.clip(row, 0.0, 1.0))
+
+
+def by_domain(card: ModelCard, *, at_home: bool) -> tuple[dict[str, float], list[str]]:
+    """The card's quality by domain, and the domains it claims without saying how good it is there.
+
+    `at_home`: its fields are in use, so it claims none. Fields of another embedder are not: then their mean quality
+    is what the card says of its domains.
+    """
+    quality = card.priors.quality
+    stated = {
+        canonical(name): float(value)
+        for name, value in quality.items()
+        if name != _DEFAULT and name not in card.fields
+    }
+    domains = [canonical(name) for name in card.domains]
+    known = [float(quality[name]) for name in card.fields if name in quality]
+    if known and not at_home:
+        stated = {**dict.fromkeys(domains, sum(known) / len(known)), **stated}
+    return stated, [] if at_home else domains
 
 
 def field_row(fields: FieldSpace, default: float, card: ModelCard) -> list[float]:
