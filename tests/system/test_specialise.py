@@ -136,9 +136,13 @@ QUESTIONS = (
 )
 
 
-@pytest.mark.parametrize("base", [SMOL, GEMMA])
-def test_trainer_and_engine_compute_the_same(base: str, tmp_path: Path) -> None:
-    """A random adapter, so that every factor of it counts, and answers of some length."""
+@pytest.mark.parametrize(("base", "spread"), [(SMOL, 0.3), (GEMMA, 0.06)])
+def test_trainer_and_engine_compute_the_same(base: str, spread: float, tmp_path: Path) -> None:
+    """A random adapter, so that every factor of it counts, and answers of some length.
+
+    Its spread is such that the base without it would have answered otherwise, and not so large that the answers are
+    noise (which rounding alone changes): Gemma's norms amplify what is added.
+    """
     card = load_fleet(FLEET).fleet[base]
     assert card.source is not None
     weights = cached_path(card.source, cache_dir(), FLEET)
@@ -147,7 +151,7 @@ def test_trainer_and_engine_compute_the_same(base: str, tmp_path: Path) -> None:
     model = Decoder(shape, tensors, 4, 8.0, seed=3)
     generator = torch.Generator().manual_seed(4)
     for pair in model.pairs.values():
-        torch.nn.init.normal_(pair.b, std=0.06, generator=generator)
+        torch.nn.init.normal_(pair.b, std=spread, generator=generator)
     path = tmp_path / "random.gguf"
     write_adapter(
         path, shape.architecture, {k: v.detach() for k, v in model.pairs.state_dict().items()}, 8.0, {}
@@ -179,4 +183,6 @@ def test_trainer_and_engine_compute_the_same(base: str, tmp_path: Path) -> None:
     share = agreement(model, own, 512)
     assert share is not None
     assert share > 0.85
-    assert share > (agreement(model, plain, 512) or 0.0)
+    without = agreement(model, plain, 512)
+    assert without is not None
+    assert without < share - 0.1
