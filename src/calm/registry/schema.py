@@ -1,4 +1,4 @@
-"""The JSON Schema of a metadata file, for editors: types from records.py, limits from the validator."""
+"""The JSON Schema of a metadata file, for editors: types from records, limits from the validator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCHEMA_ID = "https://json-schema.org/draft/2020-12/schema"
 
 
 def card_schema() -> Schema:
-    """JSON Schema (2020-12) of a model card, each field described by its docstring in records.py."""
+    """JSON Schema (2020-12) of a model card, each field described by its docstring in records."""
     schema = cast(Schema, msgspec.json.schema(ModelCard))
     for name, definition in cast(dict[str, Schema], schema["$defs"]).items():
         _describe(definition, _field_docs(name), LIMITS.get(name, {}))
