@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -22,11 +23,12 @@ import numpy as np
 
 from calm.analyze.analyzer import FEW, Analyzer
 from calm.analyze.domains import DomainSpace
-from calm.analyze.fields import FieldSpace, encoded
+from calm.analyze.fields import FieldSpace, encoded, sense_of
 from calm.analyze.fitting import learn_field
 from calm.analyze.quality import Quality
 from calm.monitor.embed import StaticEmbedder
 from calm.monitor.features import extract
+from calm.monitor.form import form_of
 from calm.monitor.language import LanguageDetector
 from calm.records import (
     Ask,
@@ -39,6 +41,7 @@ from calm.records import (
     PriorSpec,
     Reading,
     Snapshot,
+    Vector,
 )
 from calm.workloads.held_out import Part, split_of
 from calm.workloads.prompts import render
@@ -153,24 +156,29 @@ def domains(embedder: StaticEmbedder, data: Path) -> None:
 
 def fields(embedder: StaticEmbedder, data: Path) -> None:
     """Fields learned from train parts: where the questions of held-out parts, and of sets nobody learned, land."""
+    sense = partial(sense_by, embedder)
     read = {name: read_set(str(data), name) for name in (*LEARNED, *STRANGERS)}
     learned = {
         name: FieldSpec(embedder=embedder.name, weights=encoded(found.line))
         for name in LEARNED
-        if (found := learn_field(prompts(read[name], "train"), (), embedder))
+        if (found := learn_field(prompts(read[name], "train"), (), sense))
     }
     space = FieldSpace(embedder.name, embedder.dimensions)
     space.learn([learned])
     for name in (*LEARNED, *STRANGERS):
         asked = prompts(read[name], "test" if name in LEARNED else None)
         random.Random(0).shuffle(asked)
-        shares = np.mean([space.shares(embedder.embed(text)) for text in asked[:300]], axis=0)
+        shares = np.mean([space.shares(sense(text)) for text in asked[:300]], axis=0)
         said = sorted(zip(shares, space.names, strict=True), reverse=True)[:3]
         print(
             f"  field of {name:18} "
             + ", ".join(f"{n} {s:.2f}" for s, n in said)
             + f", none {1 - shares.sum():.2f}"
         )
+
+
+def sense_by(embedder: StaticEmbedder, question: str) -> Vector:
+    return sense_of(embedder.embed(question), form_of(question))
 
 
 def prompts(of: Sequence[Row], part: Part | None) -> list[str]:
@@ -192,10 +200,12 @@ def ratings(embedder: StaticEmbedder, data: Path) -> None:
     for seen, example in enumerate(train + train, start=1):
         arm = draw.randrange(len(models))
         quality.learn_one(
-            arm, embedder.embed(str(example["question"])), float(scores(example)[models[arm]] > 0)
+            arm, sense_by(embedder, str(example["question"])), float(scores(example)[models[arm]] > 0)
         )
         if seen in (200, 1000, len(train), 2 * len(train)):
-            chosen = [int(quality.predict(ids, embedder.embed(str(r["question"])))[0].argmax()) for r in test]
+            chosen = [
+                int(quality.predict(ids, sense_by(embedder, str(r["question"])))[0].argmax()) for r in test
+            ]
             print(f"  after {seen} ratings: {macro(test, models, chosen):.1%}")
     singles = [macro(test, models, [arm] * len(test)) for arm in range(len(models))]
     oracle = [int(np.argmax([scores(r)[m] for m in models])) for r in test]

@@ -9,11 +9,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from calm.analyze.fields import FieldSpace, encoded
+from calm.analyze.fields import FieldSpace, encoded, sense_of
 from calm.analyze.fitting import FEWEST, elsewhere, fit, learn_field, logits
 from calm.analyze.quality import Quality
 from calm.monitor.embed import StaticEmbedder
-from calm.records import FieldSpec, ModelCard, PriorSpec
+from calm.monitor.form import form_of
+from calm.records import FieldSpec, ModelCard, PriorSpec, Vector
 
 EMBEDDER = StaticEmbedder()
 PLANTS = ("tomato", "rose", "basil", "fern", "orchid", "cactus", "lettuce", "tulip")
@@ -22,9 +23,13 @@ QUESTIONS = tuple(f"My {plant} has {ill}, which disease is it?" for plant, ill i
 OURS, UNSEEN = QUESTIONS[:-10], QUESTIONS[-10:]
 
 
+def sense(question: str) -> Vector:
+    return sense_of(EMBEDDER.embed(question), form_of(question))
+
+
 @pytest.fixture(scope="module")
 def plants() -> FieldSpec:
-    found = learn_field(OURS, UNSEEN, EMBEDDER)
+    found = learn_field(OURS, UNSEEN, sense)
     assert found is not None
     return FieldSpec(embedder=EMBEDDER.name, weights=encoded(found.line), untrained=0.05)
 
@@ -36,15 +41,15 @@ def space(*cards: dict[str, FieldSpec]) -> FieldSpace:
 
 
 def test_a_field_knows_its_questions_and_leaves_everyday_ones_alone() -> None:
-    found = learn_field(OURS, UNSEEN, EMBEDDER)
+    found = learn_field(OURS, UNSEEN, sense)
     assert found is not None
     assert found.recognised == 1.0
     assert found.captured < 0.05
 
 
 def test_too_few_questions_are_no_field() -> None:
-    assert learn_field(QUESTIONS[: FEWEST - 1], (), EMBEDDER) is None
-    found = learn_field(QUESTIONS[:FEWEST], (), EMBEDDER)
+    assert learn_field(QUESTIONS[: FEWEST - 1], (), sense) is None
+    found = learn_field(QUESTIONS[:FEWEST], (), sense)
     assert found is not None
     assert found.recognised is None
 
@@ -75,26 +80,26 @@ def test_the_fit_ends_on_sides_that_a_line_parts() -> None:
 
 def test_shares_add_up_to_one_with_everything_else(plants: FieldSpec) -> None:
     both = space({"plants": plants}, {"more": plants})
-    at_home = both.shares(EMBEDDER.embed(UNSEEN[0]))
+    at_home = both.shares(sense(UNSEEN[0]))
     assert both.names == ("more", "plants")
     assert at_home[0] == at_home[1]
     assert 0.8 < at_home.sum() < 1.0
-    assert both.shares(EMBEDDER.embed("What is the capital of France?")).sum() < 0.1
+    assert both.shares(sense("What is the capital of France?")).sum() < 0.1
 
 
 def test_a_field_of_two_cards_is_the_mean_of_their_lines(plants: FieldSpec) -> None:
-    other = learn_field(OURS[:20], (), EMBEDDER)
+    other = learn_field(OURS[:20], (), sense)
     assert other is not None
     second = FieldSpec(embedder=EMBEDDER.name, weights=encoded(other.line), untrained=0.15)
     shared = space({"plants": plants}, {"plants": second})
-    alone = [space({"plants": one}).shares(EMBEDDER.embed(UNSEEN[0]))[0] for one in (plants, second)]
+    alone = [space({"plants": one}).shares(sense(UNSEEN[0]))[0] for one in (plants, second)]
     assert shared.names == ("plants",)
-    assert min(alone) <= shared.shares(EMBEDDER.embed(UNSEEN[0]))[0] <= max(alone)
+    assert min(alone) <= shared.shares(sense(UNSEEN[0]))[0] <= max(alone)
     assert shared.untrained["plants"] == pytest.approx(0.1)
 
 
 def test_without_fields_nothing_is_claimed() -> None:
-    assert space().shares(EMBEDDER.embed("anything")).shape == (0,)
+    assert space().shares(sense("anything")).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -123,20 +128,20 @@ def test_a_specialist_is_expected_to_be_good_in_its_field_alone(plants: FieldSpe
         card("gardener", adapter_of="base", domains=("agriculture",), fields={"plants": plants}, priors=own),
     )
     rows = np.arange(2)
-    at_home, _ = quality.predict(rows, EMBEDDER.embed(UNSEEN[3]))
-    elsewhere_, _ = quality.predict(rows, EMBEDDER.embed("crops, soil and harvest in the middle ages"))
+    at_home, _ = quality.predict(rows, sense(UNSEEN[3]))
+    elsewhere_, _ = quality.predict(rows, sense("crops, soil and harvest in the middle ages"))
     assert at_home[1] > 0.8
     assert at_home[0] < 0.15  # what the field says of the untrained
     assert elsewhere_[0] > 0.3
     assert elsewhere_[1] < 0.2
-    assert quality.domains_of(EMBEDDER.embed(UNSEEN[3]))[0][0] == "plants"
+    assert quality.domains_of(sense(UNSEEN[3]))[0][0] == "plants"
 
 
 def test_a_field_leaves_with_its_card(plants: FieldSpec) -> None:
     quality = Quality(EMBEDDER)
     quality.add(0, card("base", priors=PriorSpec(quality={"default": 0.4})))
     quality.add(1, card("gardener", fields={"plants": plants}, priors=PriorSpec(quality={"plants": 0.9})))
-    question = EMBEDDER.embed(UNSEEN[0])
+    question = sense(UNSEEN[0])
     assert quality.predict(np.arange(1), question)[0][0] < 0.15
     quality.forget(1)
     assert quality.predict(np.arange(1), question)[0][0] > 0.3
@@ -149,7 +154,5 @@ def test_under_another_embedder_the_specialists_domains_have_its_quality(plants:
     own = PriorSpec(quality={"plants": 0.9, "default": 0.1})
     gardener = card("gardener", domains=("agriculture",), fields={"plants": foreign}, priors=own)
     quality.add(1, gardener)
-    found, _ = quality.predict(
-        np.arange(2), EMBEDDER.embed("crops, soil, irrigation, livestock, farmer, harvest")
-    )
+    found, _ = quality.predict(np.arange(2), sense("crops, soil, irrigation, livestock, farmer, harvest"))
     assert found[1] > found[0]

@@ -21,12 +21,13 @@ from calm.analyze.calibration import Accuracy, Calibration
 from calm.analyze.conversations import Conversations
 from calm.analyze.domains import Verbosity
 from calm.analyze.estimators import Estimators
+from calm.analyze.fields import sense_of
 from calm.analyze.maths import MANY, ONE, span
 from calm.analyze.prediction import Forecasts, Question, as_estimate, forecast
 from calm.analyze.quality import Quality
 from calm.analyze.queueing import Outlook, Stances
 from calm.ports import Embedder
-from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot, SourceSpec
+from calm.records import Ask, Belief, Estimate, Features, ModelCard, Outcome, Snapshot, SourceSpec, Vector
 
 FEW = 16
 """Up to so many models floats beat columns; `benchmarks/prediction.py` shows both sides of it."""
@@ -158,7 +159,7 @@ class Analyzer:
     ) -> Mapping[str, Estimate]:
         outlook, extra = Outlook(snapshot, self._service_s), max(1, ask.samples) - 1
         question, held = self._question(ask, features), self._held(features, snapshot)
-        means, sds = self._quality.predict(np.asarray(rows, np.intp), features.embedding)
+        means, sds = self._quality.predict(np.asarray(rows, np.intp), _sense(features))
         states, parts, found = snapshot.models, self._parts, {}
         each = zip(cards.items(), rows, means.tolist(), sds.tolist(), strict=True)
         for (name, card), row, quality, sd in each:
@@ -182,7 +183,7 @@ class Analyzer:
         fleet = span(rows)
         known, metered = self._parts.over(fleet), self._parts.energy.known_of(fleet)
         numbers = forecast(MANY, self._question(ask, features), known, wait, tokens)
-        return Forecasts(cards, numbers, metered, *self._quality.predict(fleet, features.embedding))
+        return Forecasts(cards, numbers, metered, *self._quality.predict(fleet, _sense(features)))
 
     def _held(self, features: Features, snapshot: Snapshot) -> Mapping[str, float]:
         """Tokens of this conversation that models are expected to hold in their caches."""
@@ -301,10 +302,10 @@ class Analyzer:
         if row is None or not 1.0 <= rating <= 5.0:
             return False
         quality = (rating - 1.0) / 4.0
-        expected = self._quality.predict_one(row, features.embedding)
+        expected = self._quality.predict_one(row, _sense(features))
         sd = math.hypot(expected.sd, self._quality.noise_sd(row))
         self._calibration.saw(model, "quality", Belief(mean=expected.mean, sd=sd), quality)
-        return self._quality.learn_one(row, features.embedding, quality)
+        return self._quality.learn_one(row, _sense(features), quality)
 
     # --- reporting and remembering ---
 
@@ -314,7 +315,8 @@ class Analyzer:
 
     def domains_of(self, features: Features) -> list[tuple[str, float]]:
         """The likeliest domains of a question with their probabilities; empty without an embedding."""
-        return [] if features.embedding is None else self._quality.domains_of(features.embedding)
+        sense = _sense(features)
+        return [] if sense is None else self._quality.domains_of(sense)
 
     def dump(self) -> bytes:
         """Everything learned, versioned and checksummed."""
@@ -368,3 +370,7 @@ def identity(card: ModelCard) -> str:
     options = sorted(engine.options.items())
     found = (weights, engine.kind, engine.cmd, engine.url, engine.upstream_model, options)
     return repr(found if card.adapter_of is None else (*found, card.adapter_of))
+
+
+def _sense(features: Features) -> Vector | None:
+    return None if features.embedding is None else sense_of(features.embedding, features.form)

@@ -1,4 +1,4 @@
-"""How a field is learned: logistic regression of "is it one of ours?" on the embedding, ours against a stock.
+"""How a field is learned: logistic regression of "is it one of ours?" on their sense, ours against a stock.
 
 The stock is elsewhere.jsonl: everyday questions of many kinds, written for this. Both sides count the same, however
 many rows each has, and the ridge is strong enough that a few dozen questions do. Newton's method: a fit of thousands of
@@ -7,7 +7,7 @@ rows takes well under a second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from calm.analyze.domains import DESCRIPTORS
 from calm.analyze.fields import Line
-from calm.ports import Embedder
-from calm.records import Record
+from calm.records import Record, Vector
 
 RIDGE = 1e-4
 """Weight of |w|^2 beside the mean loss."""
@@ -54,11 +53,11 @@ def elsewhere() -> tuple[str, ...]:
     return (*asked, *(text for texts in DESCRIPTORS.values() for text in texts))
 
 
-def learn_field(ours: Sequence[str], held_out: Sequence[str], embedder: Embedder) -> Fit | None:
-    """The field of these questions; None for fewer than FEWEST."""
+def learn_field(ours: Sequence[str], held_out: Sequence[str], sense: Callable[[str], Vector]) -> Fit | None:
+    """The field of these questions; None for fewer than FEWEST. `sense`: of a question (fields.sense_of)."""
     if len(ours) < FEWEST:
         return None
-    here, there, unseen = (_embedded(texts, embedder) for texts in (ours, elsewhere(), held_out))
+    here, there, unseen = (_sensed(texts, sense) for texts in (ours, elsewhere(), held_out))
     line = fit(here, there)
     captured = 0
     for fold in range(FOLDS):
@@ -96,7 +95,5 @@ def logits(line: Rows, rows: Rows) -> Rows:
     return np.asarray(rows @ line[:-1] + line[-1])
 
 
-def _embedded(texts: Sequence[str], embedder: Embedder) -> Rows:
-    return np.asarray([embedder.embed(text) for text in texts], np.float64).reshape(
-        len(texts), embedder.dimensions
-    )
+def _sensed(texts: Sequence[str], sense: Callable[[str], Vector]) -> Rows:
+    return np.asarray([sense(text) for text in texts], np.float64)

@@ -116,14 +116,15 @@ class Quality:
             self._bank.reset(slot)
             self._slots.append(slot)
 
-    def topic(self, embedding: Vector | None) -> Topic | None:
-        """None without an embedding: then only the models' means tell them apart."""
-        if embedding is None or self._domains is None or self._fields is None:
+    def topic(self, sense: Vector | None) -> Topic | None:
+        """None without a sense (fields.sense_of): then only the models' means tell them apart."""
+        if sense is None or self._domains is None or self._fields is None:
             return None
         if self._stale:
             self._believe(self._fields)
+        embedding = sense[: self._basis.shape[1]]
         posterior, coordinates = self._domains.read(embedding)
-        shares = self._fields.shares(embedding)
+        shares = self._fields.shares(sense)
         left = posterior * (1.0 - shares.sum())
         free = self._basis.dot(embedding)
         return Topic(np.concatenate([left, shares, embedding]), _DOMAIN_SCALE * coordinates, free)
@@ -134,10 +135,10 @@ class Quality:
             return self._default[rows].copy()
         return np.asarray(self._beliefs[rows].dot(topic.claims), np.float64)
 
-    def predict(self, rows: Span, embedding: Vector | None) -> tuple[Array, Array]:
+    def predict(self, rows: Span, sense: Vector | None) -> tuple[Array, Array]:
         """Mean and sd, (m,). The sd is of the mean alone, not of single ratings: it shrinks with every
         rating near this question, which is what exploration needs."""
-        topic = self.topic(embedding)
+        topic = self.topic(sense)
         mean = self.prior(rows, topic)
         sd = np.full(len(mean), unrated_sd(topic))
         if self._rated:
@@ -153,8 +154,8 @@ class Quality:
             mean[where] += learned
             sd[where] = np.sqrt(variance)
 
-    def predict_one(self, row: int, embedding: Vector | None) -> Belief:
-        mean, sd = self.predict(np.asarray([row]), embedding)
+    def predict_one(self, row: int, sense: Vector | None) -> Belief:
+        mean, sd = self.predict(np.asarray([row]), sense)
         return Belief(mean=float(mean[0]), sd=float(sd[0]))
 
     def noise_sd(self, row: int) -> float:
@@ -162,11 +163,11 @@ class Quality:
         slot = self._rated.get(row)
         return _PRIOR.noise_sd if slot is None else self._bank.noise_sd(slot)
 
-    def learn_one(self, row: int, embedding: Vector | None, quality: float) -> bool:
+    def learn_one(self, row: int, sense: Vector | None, quality: float) -> bool:
         """One rating, 0..1. False when out of range."""
         if not 0.0 <= quality <= 1.0:
             return False
-        topic = self.topic(embedding)
+        topic = self.topic(sense)
         prior = float(self.prior(np.asarray([row]), topic)[0])
         return self._bank.learn_one(self._slot(row), features_of(topic), quality - prior)
 
@@ -177,9 +178,9 @@ class Quality:
     def restore(self, row: int, state: RowState) -> bool:
         return self._bank.restore(self._slot(row), state)
 
-    def domains_of(self, embedding: Vector, most: int = 3) -> list[tuple[str, float]]:
+    def domains_of(self, sense: Vector, most: int = 3) -> list[tuple[str, float]]:
         """The likeliest fields and domains of a question, for explaining a decision."""
-        topic = self.topic(embedding)
+        topic = self.topic(sense)
         if topic is None or self._domains is None or self._fields is None:
             return []
         names = (*self._domains.names, *self._fields.names)

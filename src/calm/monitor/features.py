@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from calm.monitor.form import form_of
 from calm.ports import Embedder
 from calm.records import Ask, Features
 
@@ -70,4 +71,5 @@ def extract(ask: Ask, embedder: Embedder | None, language: Callable[[str], str])
         conversation=ask.conversation,
         wants_json=wants_json(ask),
         wants_tools="tools" in ask.requires,
+        form=None if embedder is None else form_of(ask.query),
     )

@@ -35,10 +35,11 @@ from calm.records.card import (
 from calm.records.decision import Belief, Candidate, Decision, Estimate, History, Refusal, Term
 from calm.records.execution import AdapterFile, Endpoint, Feedback, Lease, LeaseRequest, Outcome, Reading
 from calm.records.knowledge import KnowledgeSummary, MeterSummary, ModelSummary, StoredRequest
-from calm.records.request import Ask, Features, Weights, Wishes
+from calm.records.request import FORM, Ask, Features, Weights, Wishes
 from calm.records.state import Forecast, GpuState, ModelState, PlacementPlan, Snapshot
 
 __all__ = [
+    "FORM",
     "AdapterFile",
     "Ask",
     "Belief",

@@ -105,7 +105,7 @@ class PriorSpec(Strict, frozen=True, kw_only=True):
 
 
 class FieldSpec(Strict, frozen=True, kw_only=True):
-    """Which questions are the model's own: a line through the embedding (calm.analyze.fields)."""
+    """Which questions are the model's own: a line through embedding and form (calm.analyze.fields)."""
 
     embedder: str
     """Name of the embedder it was learned with; under another one it is not used."""

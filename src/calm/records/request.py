@@ -55,6 +55,10 @@ class Ask(Record, frozen=True, kw_only=True):
     arrived_s: float = 0.0
 
 
+FORM = 14
+"""Numbers in the form of a query."""
+
+
 class Features(Record, frozen=True, kw_only=True):
     """What the Monitor reads off a query. `embedding` is L2-normalised, shape (d,), or None."""
 
@@ -71,3 +75,5 @@ class Features(Record, frozen=True, kw_only=True):
     conversation: str | None
     wants_json: bool
     wants_tools: bool
+    form: tuple[float, ...] | None = None
+    """(FORM,): how the query is laid out (calm.monitor.form); None where nobody read it."""

@@ -113,8 +113,8 @@ def _field(field: Learned) -> list[str]:
     untrained = [] if field.spec.untrained is None else [f"untrained = {round(field.spec.untrained, 3)}"]
     return [
         "",
-        "# Which questions are its own, learned from them: a line through their embedding. `untrained` is what a model",
-        "# without training reaches there: measured for the base.",
+        "# Which questions are its own, learned from them: a line through their embedding and form. `untrained` is what",
+        "# a model without training reaches there: measured for the base.",
         f"[fields.{_quoted(field.name)}]",
         f"embedder = {_quoted(field.spec.embedder)}",
         *untrained,

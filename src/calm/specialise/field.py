@@ -6,11 +6,13 @@ rows -> what a user would type -> line against everyday questions -> [fields.NAM
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
-from calm.analyze.fields import encoded
+from calm.analyze.fields import encoded, sense_of
 from calm.analyze.fitting import learn_field
+from calm.monitor.form import form_of
 from calm.ports import Embedder
-from calm.records import FieldSpec, Record
+from calm.records import FieldSpec, Record, Vector
 from calm.specialise.examples import Example
 
 FREE = "data"
@@ -43,7 +45,8 @@ def _learned(
     for dataset in dict.fromkeys(row.query.dataset for row in rows):
         ours = [row for row in rows if row.query.dataset == dataset]
         train = [_asked(row) for row in ours if row.part == "train"]
-        fit = learn_field(train, [_asked(row) for row in ours if row.part == "validation"], embedder)
+        held_out = [_asked(row) for row in ours if row.part == "validation"]
+        fit = learn_field(train, held_out, partial(_sense, embedder))
         if fit is None:
             continue
         spec = FieldSpec(embedder=embedder.name, weights=encoded(fit.line), untrained=untrained.get(dataset))
@@ -55,6 +58,10 @@ def _learned(
 
 def field_name(dataset: str, model: str) -> str:
     return model if dataset == FREE else dataset
+
+
+def _sense(embedder: Embedder, question: str) -> Vector:
+    return sense_of(embedder.embed(question), form_of(question))
 
 
 def _asked(row: Example) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import msgspec
@@ -28,7 +29,7 @@ Row = tuple[Value, ...]
 REQUEST_COLUMNS = (
     "id", "wall_s", "kind", "tenant", "pinned", "stream", "query", "prompt_chars", "prompt_tokens",
     "language", "turns", "max_tokens", "samples", "conversation", "wants_json", "wants_tools", "embedder",
-    "embedding", "policy", "goal", "chosen", "score", "predicted_ttft_s", "predicted_total_s",
+    "embedding", "form", "policy", "goal", "chosen", "score", "predicted_ttft_s", "predicted_total_s",
     "predicted_output_tokens", "predicted_energy_j", "predicted_quality", "decision_s", "decision",
 )  # fmt: skip
 OUTCOME_COLUMNS = (
@@ -72,8 +73,8 @@ def request_row(ask: AskSummary, features: Features, decision: Decision) -> Row:
         decision.request_id, decision.wall_s, ask.kind, ask.tenant, ask.pinned, ask.stream, ask.query,
         features.prompt_chars, float(features.prompt_tokens), features.language, features.turns,
         features.max_tokens, features.samples, features.conversation, features.wants_json,
-        features.wants_tools, features.embedder, pack_vector(features.embedding), decision.policy,
-        decision.goal, best.model if best else None, float(best.score) if best else None,
+        features.wants_tools, features.embedder, pack_vector(features.embedding), pack_vector(features.form),
+        decision.policy, decision.goal, best.model if best else None, float(best.score) if best else None,
         *predicted(estimate), float(decision.decision_s), ENCODER.encode(decision),
     )  # fmt: skip
 
@@ -103,13 +104,17 @@ def feedback_row(feedback: Feedback) -> Row:
     return feedback.request_id, feedback.wall_s, float(feedback.rating), feedback.source, feedback.comment
 
 
-def pack_vector(vector: Vector | None) -> bytes | None:
+def pack_vector(vector: Vector | Sequence[float] | None) -> bytes | None:
     """float16: a unit vector keeps three digits of each component in half the bytes of a float32."""
     return None if vector is None else np.asarray(vector, dtype=np.float16).tobytes()
 
 
 def unpack_vector(blob: bytes | None) -> Vector | None:
     return None if blob is None else np.frombuffer(blob, dtype=np.float16).astype(np.float32)
+
+
+def unpack_numbers(blob: bytes | None) -> tuple[float, ...] | None:
+    return None if blob is None else tuple(np.frombuffer(blob, dtype=np.float16).tolist())
 
 
 def to_features(row: sqlite3.Row, *, with_embedding: bool) -> Features:
@@ -125,6 +130,7 @@ def to_features(row: sqlite3.Row, *, with_embedding: bool) -> Features:
         conversation=row["conversation"],
         wants_json=bool(row["wants_json"]),
         wants_tools=bool(row["wants_tools"]),
+        form=unpack_numbers(row["form"]) if with_embedding else None,
     )
 
 
