@@ -21,6 +21,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FLEET = HERE.parent / "fleet"
+MADE = HERE / "made"
+"""What recipes derive from the data; never committed."""
 TUNING = ("rank", "epochs", "learning_rate", "dropout", "rows_per_step", "patience", "seed", "evaluate")
 
 
@@ -42,13 +44,36 @@ def main() -> int:
         if (given.fleet / f"{name}.toml").exists() and not given.again:
             print(f"{name}: is there; --again makes it anew", file=sys.stderr)
             continue
-        call = list(command(name, recipes[name], given.data, given.fleet, given.threads))
-        print("+", shlex.join(call), file=sys.stderr, flush=True)
-        if subprocess.run(call, check=False).returncode:
+        recipe = recipes[name]
+        calls = [
+            *derived(recipe, given.data),
+            list(command(name, recipe, given.data, given.fleet, given.threads)),
+        ]
+        if not all(succeeds(call) for call in calls):
             failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return len(failed)
+
+
+def succeeds(call: list[str]) -> bool:
+    print("+", shlex.join(call), file=sys.stderr, flush=True)
+    return subprocess.run(call, check=False).returncode == 0
+
+
+def derived(recipe: Mapping[str, object], data: Path) -> Iterator[list[str]]:
+    """The calls that derive rows from the data: word problems with other numbers."""
+    for name, wanted in variants_of(recipe).items():
+        source = str(data / "domain" / f"{name}.jsonl.gz")
+        yield [
+            sys.executable, str(HERE / "word_problems.py"), source, "--variants", str(wanted), "--out", str(MADE)
+        ]  # fmt: skip
+
+
+def variants_of(recipe: Mapping[str, object]) -> Mapping[str, int]:
+    wanted = recipe.get("variants", {})
+    assert isinstance(wanted, dict)
+    return wanted
 
 
 def command(
@@ -60,6 +85,8 @@ def command(
     assert isinstance(sets, list)
     for one in sets:
         yield from ("--data", str(data / "domain" / f"{one}.jsonl.gz"))
+    for one in variants_of(recipe):
+        yield from ("--data", str(MADE / f"{one}.jsonl"))
     for word in ("description", "data_licence", "limits"):
         yield from (f"--{word.replace('_', '-')}", str(recipe[word]))
     for word in TUNING:
