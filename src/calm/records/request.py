@@ -55,7 +55,7 @@ class Ask(Record, frozen=True, kw_only=True):
     arrived_s: float = 0.0
 
 
-FORM = 14
+FORM = 16
 """Numbers in the form of a query."""
 
 
