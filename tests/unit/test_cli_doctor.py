@@ -224,10 +224,10 @@ def test_a_good_database_says_how_much_is_in_it_and_one_of_a_newer_calm_is_a_fai
     open_writer(path, 0.0).close()
     assert "0 requests" in next(check_knowledge(path)).found
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE schema_version SET version = 9999")
+        connection.execute("INSERT INTO schema_version VALUES (9999, 'of a newer CALM', 0.0)")
     assert next(check_knowledge(path)).status == "fail"
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE schema_version SET version = 0")
+        connection.execute("DELETE FROM schema_version")
     assert next(check_knowledge(path)).status == "warn"
 
 

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from calm.cli.app import calm
+from calm.records import FORM
 from calm.registry import load_fleet
 
 CARD = """\
@@ -57,7 +58,7 @@ def test_a_card_gets_its_field_and_keeps_its_comments(fleet: Path) -> None:
         assert line in text
     card = load_fleet(fleet).fleet["gardener"]
     assert card.fields["gardener"].untrained == 0.05
-    assert len(card.fields["gardener"].numbers()) == 257
+    assert len(card.fields["gardener"].numbers()) == 256 + FORM + 1
     assert card.priors.quality == {"default": 0.1, "gardener": 0.9}
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from calm.clock import ManualClock
 from calm.records import (
+    FORM,
     Ask,
     Belief,
     Candidate,
@@ -48,6 +49,9 @@ def make_ask(request_id: str, query: str = "a secret question") -> Ask:
     )
 
 
+FORM_OF_IT = tuple(np.linspace(-2.5, 2.5, FORM).astype(np.float16).tolist())
+
+
 def make_features(seed: int = 0) -> Features:
     vector = np.random.default_rng(seed).normal(size=64).astype(np.float32)
     return Features(
@@ -62,6 +66,7 @@ def make_features(seed: int = 0) -> Features:
         conversation="c1",
         wants_json=False,
         wants_tools=True,
+        form=FORM_OF_IT,
     )
 
 
@@ -171,7 +176,7 @@ def test_a_request_comes_back_as_it_was(opener: Opener) -> None:
     assert stored.decision == make_decision("r1")
     assert stored.outcome == make_outcome("r1")
     assert stored.feedback == (make_feedback("r1"),)
-    assert stored.features == msgspec.structs.replace(make_features(), embedding=None)
+    assert stored.features == msgspec.structs.replace(make_features(), embedding=None, form=None)
     assert (stored.tenant, stored.kind, stored.query) == ("alice", "chat", None)
     assert store.dropped == 0
 
@@ -195,12 +200,36 @@ def test_embedding_survives_for_late_feedback(opener: Opener) -> None:
     assert np.allclose(features.embedding, expected, atol=1e-3)
 
 
+def test_form_survives_for_late_feedback(opener: Opener) -> None:
+    store = opener()
+    store.record_decision(make_ask("r1"), make_features(7), make_decision("r1"))
+    features = store.features_of("r1")
+    assert features is not None
+    assert features.form == FORM_OF_IT
+
+
+def test_a_database_of_before_the_form_is_taken_over(opener: Opener, tmp_path: Path) -> None:
+    before = open_writer(tmp_path / "k.sqlite3", WALL_S, load_migrations()[:1])
+    with before:
+        before.execute(
+            "INSERT INTO requests (id, prompt_chars, prompt_tokens, language, turns, samples, embedding) "
+            "VALUES ('old', 9, 3.0, 'en', 1, 1, ?)",
+            (np.ones(4, np.float16).tobytes(),),
+        )
+    before.close()
+    features = opener().features_of("old")
+    assert features is not None
+    assert features.form is None
+    assert features.embedding is not None
+
+
 def test_embedding_is_left_out_when_not_wanted(opener: Opener) -> None:
     store = opener(store_embeddings=False)
     store.record_decision(make_ask("r1"), make_features(), make_decision("r1"))
     features = store.features_of("r1")
     assert features is not None
     assert features.embedding is None
+    assert features.form is None
 
 
 @pytest.mark.parametrize("store_prompts", [False, True])

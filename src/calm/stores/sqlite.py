@@ -131,7 +131,11 @@ class SqliteStore:
     # --- recording ---
 
     def record_decision(self, ask: Ask, features: Features, decision: Decision) -> None:
-        kept = features if self._store_embeddings else msgspec.structs.replace(features, embedding=None)
+        kept = (
+            features
+            if self._store_embeddings
+            else msgspec.structs.replace(features, embedding=None, form=None)
+        )
         self._writer.submit(RequestEntry(summarise(ask, with_query=self._store_prompts), kept, decision))
 
     def record_outcome(self, outcome: Outcome) -> None:
