@@ -132,9 +132,11 @@ def asks(seed: int) -> Iterator[Ask]:
 
 
 def cards(count: int) -> dict[str, ModelCard]:
-    """The default fleet, and beyond it copies that are about something else and differ in speed."""
-    real = dict(load_fleet(FLEET).fleet)
-    draw, names = random.Random(count), list(real)
+    """The default fleet's bases, its specialists on them, and beyond it copies of the bases that are about something
+    else and differ in speed."""
+    served = [card for card in load_fleet(FLEET).fleet.values() if card.engine.kind == "llamacpp"]
+    real = {card.name: card for card in sorted(served, key=lambda card: card.adapter_of is not None)}
+    draw, names = random.Random(count), [card.name for card in served if card.adapter_of is None]
     for number in range(count - len(real)):
         base = real[names[number % len(names)]]
         priors = msgspec.structs.replace(

@@ -23,8 +23,9 @@ import numpy as np
 
 from calm.analyze.analyzer import FEW, Analyzer
 from calm.analyze.domains import DomainSpace
-from calm.analyze.fields import FieldSpace, encoded, sense_of
-from calm.analyze.fitting import learn_field
+from calm.analyze.fields import FORM_WEIGHT, FieldSpace, encoded
+from calm.analyze.fitting import elsewhere, fit, learn_field, logits
+from calm.analyze.maths import Array
 from calm.analyze.quality import Quality
 from calm.monitor.embed import StaticEmbedder
 from calm.monitor.features import extract
@@ -41,8 +42,8 @@ from calm.records import (
     PriorSpec,
     Reading,
     Snapshot,
-    Vector,
 )
+from calm.specialise.field import sense
 from calm.workloads.held_out import Part, split_of
 from calm.workloads.prompts import render
 from calm.workloads.rows import Row
@@ -63,6 +64,10 @@ DOMAIN_OF = {
 LEARNED = (
     "headlines_finance", "pubmedqa", "medqa", "banking77", "spider_dev", "gsm8k", "svamp", "squad_dev",
 )  # fmt: skip
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
+TEMPERATURES = (1.0, 0.7, 0.5, 0.35)
+ENOUGH = 300
+"""Rows of a part that is only measured."""
 STRANGERS = ("clinc150", "commonsenseqa", "arc_challenge", "humaneval")
 """Sets that no shipped specialist was made for."""
 QUESTION = "A patient of 70 kg gets 5 mg per kg twice a day. How many mg is that in a week?"
@@ -92,6 +97,7 @@ def main() -> None:
         return
     domains(embedder, data)
     fields(embedder, data)
+    form_weights(embedder, data)
     ratings(embedder, data)
 
 
@@ -156,19 +162,19 @@ def domains(embedder: StaticEmbedder, data: Path) -> None:
 
 def fields(embedder: StaticEmbedder, data: Path) -> None:
     """Fields learned from train parts: where the questions of held-out parts, and of sets nobody learned, land."""
-    sense = partial(sense_by, embedder)
+    asked_as = partial(sense, embedder)
     read = {name: read_set(str(data), name) for name in (*LEARNED, *STRANGERS)}
     learned = {
         name: FieldSpec(embedder=embedder.name, weights=encoded(found.line))
         for name in LEARNED
-        if (found := learn_field(prompts(read[name], "train"), (), sense))
+        if (found := learn_field(prompts(read[name], "train"), (), asked_as))
     }
     space = FieldSpace(embedder.name, embedder.dimensions)
     space.learn([learned])
     for name in (*LEARNED, *STRANGERS):
         asked = prompts(read[name], "test" if name in LEARNED else None)
         random.Random(0).shuffle(asked)
-        shares = np.mean([space.shares(sense(text)) for text in asked[:300]], axis=0)
+        shares = np.mean([space.shares(asked_as(text)) for text in asked[:ENOUGH]], axis=0)
         said = sorted(zip(shares, space.names, strict=True), reverse=True)[:3]
         print(
             f"  field of {name:18} "
@@ -177,8 +183,32 @@ def fields(embedder: StaticEmbedder, data: Path) -> None:
         )
 
 
-def sense_by(embedder: StaticEmbedder, question: str) -> Vector:
-    return sense_of(embedder.embed(question), form_of(question))
+def form_weights(embedder: StaticEmbedder, data: Path) -> None:
+    """Log loss of the right field by the weight of the form (0: the embedding alone) and the temperature."""
+    texts = {
+        (name, part): prompts(read_set(str(data), name), part)[:ENOUGH if part != "train" else None]
+        for name in LEARNED for part in PARTS
+    }  # fmt: skip
+    texts["stock", "train"] = list(elsewhere())
+    meanings = {key: np.array([embedder.embed(text) for text in asked]) for key, asked in texts.items()}
+    forms = {key: np.array([form_of(text) for text in asked]) for key, asked in texts.items()}
+    for weight in (0.0, 0.1, 0.2, FORM_WEIGHT, 0.45):
+        senses = {key: np.concatenate([meanings[key], weight * forms[key]], axis=1) for key in texts}
+        lines = [fit(senses[name, "train"], senses["stock", "train"]) for name in LEARNED]
+        for part in PARTS[1:]:
+            found = [
+                np.stack([logits(line, senses[name, part]) for line in lines], axis=1) for name in LEARNED
+            ]
+            losses = [(t, np.mean([log_loss(z / t, i) for i, z in enumerate(found)])) for t in TEMPERATURES]
+            said = ", ".join(f"{loss:.3f} at {t:g}" for t, loss in losses)
+            print(f"  log loss of the right field, form weighted {weight:g}, {part} parts: {said}")
+
+
+def log_loss(logits_of: Array, right: int) -> float:
+    """Mean over rows (n, fields), every row of the field `right`."""
+    odds = np.exp(np.minimum(logits_of, 30.0))
+    share = odds[:, right] / (1.0 + odds.sum(axis=1))
+    return float(-np.log(np.maximum(share, 1e-4)).mean())
 
 
 def prompts(of: Sequence[Row], part: Part | None) -> list[str]:
@@ -200,11 +230,11 @@ def ratings(embedder: StaticEmbedder, data: Path) -> None:
     for seen, example in enumerate(train + train, start=1):
         arm = draw.randrange(len(models))
         quality.learn_one(
-            arm, sense_by(embedder, str(example["question"])), float(scores(example)[models[arm]] > 0)
+            arm, sense(embedder, str(example["question"])), float(scores(example)[models[arm]] > 0)
         )
         if seen in (200, 1000, len(train), 2 * len(train)):
             chosen = [
-                int(quality.predict(ids, sense_by(embedder, str(r["question"])))[0].argmax()) for r in test
+                int(quality.predict(ids, sense(embedder, str(r["question"])))[0].argmax()) for r in test
             ]
             print(f"  after {seen} ratings: {macro(test, models, chosen):.1%}")
     singles = [macro(test, models, [arm] * len(test)) for arm in range(len(models))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from itertools import product
 
 import msgspec
@@ -147,12 +148,21 @@ def test_a_field_leaves_with_its_card(plants: FieldSpec) -> None:
     assert quality.predict(np.arange(1), question)[0][0] > 0.3
 
 
-def test_under_another_embedder_the_specialists_domains_have_its_quality(plants: FieldSpec) -> None:
-    foreign = msgspec.structs.replace(plants, embedder="another")
+def of_another_form(field: FieldSpec) -> FieldSpec:
+    """As a CALM that saw fewer numbers of the form learned it."""
+    return msgspec.structs.replace(field, weights=encoded(np.delete(field.numbers(), -2)))
+
+
+@pytest.mark.parametrize(
+    "unread", [lambda field: msgspec.structs.replace(field, embedder="another"), of_another_form]
+)
+def test_where_a_field_cannot_be_read_the_specialists_domains_have_its_quality(
+    plants: FieldSpec, unread: Callable[[FieldSpec], FieldSpec]
+) -> None:
     quality = Quality(EMBEDDER)
     quality.add(0, card("base", priors=PriorSpec(quality={"default": 0.4})))
     own = PriorSpec(quality={"plants": 0.9, "default": 0.1})
-    gardener = card("gardener", domains=("agriculture",), fields={"plants": foreign}, priors=own)
+    gardener = card("gardener", domains=("agriculture",), fields={"plants": unread(plants)}, priors=own)
     quality.add(1, gardener)
     found, _ = quality.predict(np.arange(2), sense("crops, soil, irrigation, livestock, farmer, harvest"))
     assert found[1] > found[0]

@@ -137,6 +137,20 @@ def test_a_specialist_out_of_its_field_promises_no_answer() -> None:
     assert regret(near["quick"], "quality") == pytest.approx(0.16)
 
 
+def test_optimism_does_not_bring_a_specialist_back_into_a_field() -> None:
+    """Where the best is right once in twenty times, the bonus of the uncertain is as large as all there is."""
+    query, number = (
+        estimate("query", 0.9, quality=0.04, sd=0.25),
+        estimate("number", 0.1, quality=0.012, sd=0.25),
+    )
+    ranked = rank(
+        query, number, weights=Weights(latency=0.3, energy=0.2, quality=0.5),
+        adapters=("query", "number"), tuning=Tuning(exploration=0.1),
+    )  # fmt: skip
+    assert regret(ranked["number"], "quality") == 1.0
+    assert next(iter(ranked)) == "query"
+
+
 def test_four_octaves_of_latency_weigh_as_much_as_all_quality() -> None:
     weights = Weights(latency=1, energy=0, quality=1, cost=0)
     ranked = rank(estimate("slow", 16.0, 1.0), estimate("bad", 1.0, 0.0), weights=weights)

@@ -54,7 +54,7 @@ def record(store: SqliteStore, name: str, wall_s: float, answered_by: str | None
         request_id=name, kind="chat", query="q", prompt_chars=1, body={}, requires=frozenset(), stream=True
     )
     features = Features(
-        prompt_chars=1, prompt_tokens=1.0, language="en", embedding=np.array([0.6, 0.8], np.float32),
+        prompt_chars=1, prompt_tokens=1.0, language="en", embedding=np.array([0.6, 0.8], np.float32), form=(0.5, -1.0),
         embedder="e", turns=1, max_tokens=None, samples=1, conversation=None, wants_json=False,
         wants_tools=False,
     )  # fmt: skip
@@ -99,6 +99,7 @@ def test_rows_are_joined(store: SqliteStore, tmp_path: Path) -> None:
     ]
     assert a["refused"] == [{"model": "far", "constraint": "privacy", "reason": "local only"}]
     np.testing.assert_allclose(a["embedding"], [0.6, 0.8], atol=1e-3)
+    assert a["form"] == [0.5, -1.0]
     assert (a["predicted_total_s"], b["predicted_total_s"]) == (2.0, 7.0)
     assert (c["observed_status"], c["predicted_total_s"], c["feedback_mean"]) == (None, 2.0, None)
     (event,) = pq.read_table(tmp_path / "out" / "events.parquet").to_pylist()
@@ -113,7 +114,7 @@ def test_since_and_tables_narrow_the_export(store: SqliteStore, tmp_path: Path) 
     assert report.rows == {"requests": 1}
     table = pq.read_table(tmp_path / "out" / "requests.parquet")
     assert table["id"].to_pylist() == ["new"]
-    assert "embedding" not in table.column_names
+    assert not {"embedding", "form"} & set(table.column_names)
 
 
 def test_rows_stream_in_groups(store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,10 +302,11 @@ class Analyzer:
         if row is None or not 1.0 <= rating <= 5.0:
             return False
         quality = (rating - 1.0) / 4.0
-        expected = self._quality.predict_one(row, _sense(features))
+        sense = _sense(features)
+        expected = self._quality.predict_one(row, sense)
         sd = math.hypot(expected.sd, self._quality.noise_sd(row))
         self._calibration.saw(model, "quality", Belief(mean=expected.mean, sd=sd), quality)
-        return self._quality.learn_one(row, _sense(features), quality)
+        return self._quality.learn_one(row, sense, quality)
 
     # --- reporting and remembering ---
 

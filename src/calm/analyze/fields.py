@@ -11,7 +11,7 @@ The sense of a question is its embedding, what it is about, and beside it its fo
 out: a passage and a question under it, tables and a question, a word problem.
 
 What no field claims is left to the domains. A card carries its fields as base64 of 16-bit floats, w then b, for one
-embedder; under another embedder they say nothing and the domains decide alone.
+embedder; under another one, or of another length, they say nothing and the domains decide alone.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ class FieldSpace:
         rows = [np.mean(lines[name], axis=0, dtype=np.float32) for name in self.names]
         both = np.asarray(rows, np.float32).reshape(len(rows), self._width + 1)
         self._weights, self._bias = np.ascontiguousarray(both[:, :-1]), both[:, -1].copy()
+
+    def reads(self, field: FieldSpec) -> bool:
+        """Whether it was learned with this embedder, and with the numbers of the form that there are now."""
+        return self._line(field) is not None
 
     def _line(self, field: FieldSpec) -> Line | None:
         if field.embedder != self._embedder:

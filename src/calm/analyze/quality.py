@@ -97,9 +97,9 @@ class Quality:
         self.forget(row)
         self._make_room(row + 1)
         self._default[row] = card.priors.quality.get(_DEFAULT, UNSTATED_QUALITY)
-        if self._domains is None or self._embedder is None:
+        if self._domains is None or self._embedder is None or self._fields is None:
             return
-        at_home = any(field.embedder == self._embedder.name for field in card.fields.values())
+        at_home = any(map(self._fields.reads, card.fields.values()))
         stated, claimed = by_domain(card, at_home=at_home)
         self._learn_names([*stated, *claimed])
         self._described[row] = self._embedder.embed(card.description)

@@ -13,7 +13,7 @@ from math import log1p
 
 LIMIT = 2.5
 _SAMPLE_CHARS = 4096
-"""Of a longer text its beginning and its last line speak for the rest."""
+"""Of a longer text its beginning and its end speak for the rest."""
 
 _OPTIONS = re.compile(r"^Options: ", re.MULTILINE)
 _LETTERED = re.compile(r"^[A-Z]\. ", re.MULTILINE)
@@ -35,7 +35,8 @@ def form_of(text: str) -> tuple[float, ...]:
     sample = whole[:_SAMPLE_CHARS]
     raw = sample.encode("utf-8", "surrogatepass")
     size = max(len(sample), 1)
-    asked = _question(whole[-_SAMPLE_CHARS:])
+    end = whole[-_SAMPLE_CHARS:]
+    asked = _question(end)
 
     def share(of: bytes) -> float:
         return (len(raw) - len(raw.translate(None, of))) / size
@@ -53,7 +54,7 @@ def form_of(text: str) -> tuple[float, ...]:
         1.0 if _OPTIONS.search(sample) else 0.0,
         1.0 if len(_LETTERED.findall(sample)) >= 2 else 0.0,
         log1p(len(_NUMBER.findall(sample))) - 0.7,
-        log1p(len(whole[whole.rfind("\n") + 1 :].split())) - 2.0,
+        log1p(len(end[end.rfind("\n") + 1 :].split())) - 2.0,
         1.0 if _POLAR.match(asked) else 0.0,
         1.0 if _OPEN.search(asked) else 0.0,
         1.0 if _COUNTING.search(asked) else 0.0,

@@ -13,7 +13,8 @@ its load and service too, which by Little's law are (arrival rate x wait) / (req
 queue that is nothing; in overload it is what decides, where every model's own latency is the same long wait.
 
 A specialist answers everything in the form of its own field, and quickly: "Why is the sky blue?" with "blue". Where it
-promises less than half of what another model does, that is no answer, whatever it saves.
+promises less than half of what another model does, that is no answer, whatever it saves. Promises are means here:
+optimism of a few hundredths would hide who can write a query at all where the best is right once in twenty times.
 
 Ratios and not absolute values, because absolute seconds saturate exactly when it matters
 (docs/decisions/0005-qos-score.md).
@@ -48,7 +49,7 @@ from calm.records import (
 OCTAVES = 4.0
 """Doublings of latency, joules or dollars that weigh as much as the whole range of quality."""
 IN_FIELD = 0.5
-"""Share of the best candidate's quality below which a specialist is out of its field."""
+"""Share of the best candidate's expected quality below which a specialist is out of its field."""
 STRAYED = 1.0
 """Quality regret of a specialist out of its field: that of no answer at all."""
 CAP = 2.0
@@ -128,8 +129,9 @@ def _columns(
         columns.append(_ratio("energy", weights.energy, joules, FLOOR_J))
     if weights.quality > 0:
         qualities = [None if e is None else _optimistic(e.quality, tuning.exploration) for e in found]
+        expected = [None if e is None else _optimistic(e.quality, 0.0) for e in found]
         adapters = [card.adapter_of is not None for card in cards.values()]
-        columns.append(_quality(weights.quality, qualities, adapters))
+        columns.append(_quality(weights.quality, qualities, expected, adapters))
     if weights.cost > 0:
         dollars = [e if e is None else _dollars(e, c) for e, c in zip(found, cards.values(), strict=True)]
         columns.append(_ratio("cost", weights.cost, dollars, FLOOR_USD))
@@ -159,15 +161,23 @@ def _octaves(values: Sequence[float], best: float) -> list[float]:
     return [d / OCTAVES if d < cap else CAP for d in doublings]
 
 
-def _quality(weight: float, values: Sequence[float | None], adapters: Sequence[bool]) -> _Column | None:
-    known = _without_none(values)
+def _quality(
+    weight: float,
+    values: Sequence[float | None],
+    expected: Sequence[float | None],
+    adapters: Sequence[bool],
+) -> _Column | None:
+    """`values`: optimistic, what is compared; `expected`: means, what a specialist has to promise."""
+    known, promised = _without_none(values), _without_none(expected)
     if not known:
         return None
     best, worst = max(known), min(known)
-    filled = [worst if value is None else value for value in values]
+    least, enough = min(promised), IN_FIELD * max(promised)
     regrets = [
-        STRAYED if adapter and value < IN_FIELD * best else best - value
-        for value, adapter in zip(filled, adapters, strict=True)
+        STRAYED
+        if adapter and (least if mean is None else mean) < enough
+        else best - (worst if value is None else value)
+        for value, mean, adapter in zip(values, expected, adapters, strict=True)
     ]
     return _Column("quality", weight, values, regrets)
 

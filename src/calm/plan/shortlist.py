@@ -88,6 +88,8 @@ class _Part(NamedTuple):
     weight: float
     values: Array
     regrets: Array
+    beside: Array | None = None
+    """Further values that regrets are measured against."""
 
 
 def best_scored(
@@ -109,8 +111,8 @@ def best_scored(
         scores += share * part.regrets
     last = float(np.partition(scores, most - 1)[most - 1])
     chosen = scores <= last + MARGIN * (1.0 + last)
-    for part in parts:
-        chosen[[np.nanargmin(part.values), np.nanargmax(part.values)]] = True
+    for values in [column for part in parts for column in (part.values, part.beside) if column is not None]:
+        chosen[[np.nanargmin(values), np.nanargmax(values)]] = True
     return list(compress(cards, chosen.tolist()))
 
 
@@ -132,7 +134,7 @@ def _parts(
     if weights.quality > 0:
         qualities = _finite(columns.quality + tuning.exploration * columns.quality_sd)
         adapters = np.array([card.adapter_of is not None for card in cards.values()])
-        yield _quality(weights.quality, qualities, adapters)
+        yield _quality(weights.quality, qualities, _finite(columns.quality), adapters)
     if weights.cost > 0:
         yield _ratio("cost", weights.cost, _dollars(columns, cards), FLOOR_USD)
 
@@ -164,14 +166,18 @@ def _others(weight: float, seconds: Array, lost_s: Array | None) -> _Part | None
     return _Part("others", weight, lost_s, _octaves(1.0 + lost_s / np.fmax(seconds, FLOOR_S), 1.0))
 
 
-def _quality(weight: float, values: Array, adapters: NDArray[np.bool_]) -> _Part | None:
-    values = np.minimum(np.maximum(values, 0.0), 1.0)
-    known = values[~np.isnan(values)]
-    if not len(known):
+def _quality(weight: float, values: Array, expected: Array, adapters: NDArray[np.bool_]) -> _Part | None:
+    values, expected = (np.minimum(np.maximum(column, 0.0), 1.0) for column in (values, expected))
+    if np.isnan(values).all():
         return None
-    best, filled = known.max(), np.where(np.isnan(values), known.min(), values)
-    strayed = adapters & (filled < IN_FIELD * best)
-    return _Part("quality", weight, values, np.where(strayed, STRAYED, best - filled))
+    strayed = adapters & (_filled(expected) < IN_FIELD * np.nanmax(expected))
+    regrets = np.where(strayed, STRAYED, np.nanmax(values) - _filled(values))
+    return _Part("quality", weight, values, regrets, beside=expected)
+
+
+def _filled(values: Array) -> Array:
+    """Unknown ones as the worst known one."""
+    return np.where(np.isnan(values), np.nanmin(values), values)
 
 
 def _pessimistic(columns: Columns, risk: float) -> Array:

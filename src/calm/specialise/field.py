@@ -46,7 +46,7 @@ def _learned(
         ours = [row for row in rows if row.query.dataset == dataset]
         train = [_asked(row) for row in ours if row.part == "train"]
         held_out = [_asked(row) for row in ours if row.part == "validation"]
-        fit = learn_field(train, held_out, partial(_sense, embedder))
+        fit = learn_field(train, held_out, partial(sense, embedder))
         if fit is None:
             continue
         spec = FieldSpec(embedder=embedder.name, weights=encoded(fit.line), untrained=untrained.get(dataset))
@@ -60,7 +60,8 @@ def field_name(dataset: str, model: str) -> str:
     return model if dataset == FREE else dataset
 
 
-def _sense(embedder: Embedder, question: str) -> Vector:
+def sense(embedder: Embedder, question: str) -> Vector:
+    """What the server compares with fields when it is asked this."""
     return sense_of(embedder.embed(question), form_of(question))
 
 

@@ -34,6 +34,8 @@ PLAIN: Mapping[str, str] = {
     "samples": "int64", "conversation": "string", "wants_json": "bool", "wants_tools": "bool",
     "embedder": "string", "policy": "string", "goal": "string", "chosen": "string", "decision_s": "float64",
 }  # fmt: skip
+VECTORS = ("embedding", "form")
+"""Only when asked for."""
 PREDICTED = ("ttft_s", "total_s", "output_tokens", "energy_j", "quality")
 OBSERVED: Mapping[str, str] = {
     "wall_s": "float64", "model": "string", "status": "string", "queue_s": "float64", "load_s": "float64",
@@ -149,7 +151,8 @@ def requests_schema(embeddings: bool) -> pa.Schema:
         ("feedback_count", pa.int64()),
         ("feedback_mean", pa.float64()),
     ]
-    return pa.schema([*fields, ("embedding", pa.list_(pa.float32()))] if embeddings else fields)
+    vectors = [(name, pa.list_(pa.float32())) for name in VECTORS] if embeddings else []
+    return pa.schema([*fields, *vectors])
 
 
 def select(connection: sqlite3.Connection, table: Table, since: float | None) -> sqlite3.Cursor:
@@ -171,8 +174,8 @@ def request_values(row: sqlite3.Row, embeddings: bool) -> Values:
     values |= {name: row[name] for name in ("feedback_count", "feedback_mean")}
     values["candidates"], values["refused"] = candidates(decision), refusals(decision)
     if embeddings:
-        vector = unpack_vector(row["embedding"])
-        values["embedding"] = None if vector is None else vector.tolist()
+        vectors = {name: unpack_vector(row[name]) for name in VECTORS}
+        values |= {name: None if vector is None else vector.tolist() for name, vector in vectors.items()}
     return values
 
 
