@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FLEET = HERE.parent / "fleet"
 MADE = HERE / "made"
-"""What recipes derive from the data; never committed."""
+"""Rows that recipes make beside the data; never committed."""
 TUNING = ("rank", "epochs", "learning_rate", "dropout", "rows_per_step", "patience", "seed", "evaluate")
 
 
@@ -62,16 +62,20 @@ def succeeds(call: list[str]) -> bool:
 
 
 def derived(recipe: Mapping[str, object], data: Path) -> Iterator[list[str]]:
-    """The calls that derive rows from the data: word problems with other numbers."""
-    for name, wanted in variants_of(recipe).items():
+    """The calls that make rows to learn beside the data: word problems with other numbers, invented databases."""
+    for name, wanted in table(recipe, "variants").items():
         source = str(data / "domain" / f"{name}.jsonl.gz")
         yield [
             sys.executable, str(HERE / "word_problems.py"), source, "--variants", str(wanted), "--out", str(MADE)
         ]  # fmt: skip
+    for name, wanted in table(recipe, "invented").items():
+        yield [
+            sys.executable, str(HERE / "sql_questions.py"), "--rows", str(wanted), "--out", str(MADE / f"{name}.jsonl")
+        ]  # fmt: skip
 
 
-def variants_of(recipe: Mapping[str, object]) -> Mapping[str, int]:
-    wanted = recipe.get("variants", {})
+def table(recipe: Mapping[str, object], of: str) -> Mapping[str, int]:
+    wanted = recipe.get(of, {})
     assert isinstance(wanted, dict)
     return wanted
 
@@ -85,7 +89,7 @@ def command(
     assert isinstance(sets, list)
     for one in sets:
         yield from ("--data", str(data / "domain" / f"{one}.jsonl.gz"))
-    for one in variants_of(recipe):
+    for one in (*table(recipe, "variants"), *table(recipe, "invented")):
         yield from ("--data", str(MADE / f"{one}.jsonl"))
     for word in ("description", "data_licence", "limits"):
         yield from (f"--{word.replace('_', '-')}", str(recipe[word]))
