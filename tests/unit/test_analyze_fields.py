@@ -148,6 +148,79 @@ def test_a_field_leaves_with_its_card(plants: FieldSpec) -> None:
     assert quality.predict(np.arange(1), question)[0][0] > 0.3
 
 
+RIVERS = tuple(f"Which river flows through {city}?" for city in (
+    "Vienna", "Paris", "London", "Cairo", "Prague", "Rome", "Lisbon", "Berlin", "Dresden", "Cologne", "Basel", "Lyon",
+    "Turin", "Seville", "Porto", "Warsaw", "Bonn", "Graz", "Linz", "Bern", "Budapest", "Belgrade", "Hamburg", "Florence",
+))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rivers() -> FieldSpec:
+    found = learn_field(RIVERS[:-4], RIVERS[-4:], sense)
+    assert found is not None
+    return FieldSpec(embedder=EMBEDDER.name, weights=encoded(found.line), untrained=0.05)
+
+
+def two_specialists(plants: FieldSpec, rivers: FieldSpec) -> Quality:
+    quality = Quality(EMBEDDER)
+    quality.add(
+        0,
+        card(
+            "gardener", fields={"plants": plants}, priors=PriorSpec(quality={"plants": 0.6, "default": 0.1})
+        ),
+    )
+    quality.add(
+        1,
+        card("boatman", fields={"rivers": rivers}, priors=PriorSpec(quality={"rivers": 0.2, "default": 0.1})),
+    )
+    return quality
+
+
+def test_what_ratings_teach_in_one_field_says_nothing_of_another(
+    plants: FieldSpec, rivers: FieldSpec
+) -> None:
+    quality, both = two_specialists(plants, rivers), np.arange(2)
+    before = quality.predict(both, sense(RIVERS[-1]))
+    for question in OURS[:10]:
+        quality.learn_one(0, sense(question), 1.0)
+    at_home, _ = quality.predict(both, sense(UNSEEN[0]))
+    assert at_home[0] > 0.85
+    for now, then in zip(quality.predict(both, sense(RIVERS[-1])), before, strict=True):
+        assert now == pytest.approx(then)
+    assert quality.predict(both, sense("Who wrote Hamlet?"))[0][0] < 0.2
+
+
+def test_ratings_are_remembered_by_field(plants: FieldSpec, rivers: FieldSpec) -> None:
+    quality, again, both = two_specialists(plants, rivers), two_specialists(plants, rivers), np.arange(2)
+    for question, rating in ((OURS[0], 1.0), (RIVERS[0], 0.0), ("Who wrote Hamlet?", 0.7)):
+        quality.learn_one(0, sense(question), rating)
+    states = quality.states(0)
+    assert set(states) == {"quality", "quality/plants", "quality/rivers"}
+    again.restore(0, states)
+    for question in (UNSEEN[0], RIVERS[-1], "Who painted Guernica?"):
+        for ours, theirs in zip(
+            quality.predict(both, sense(question)), again.predict(both, sense(question)), strict=True
+        ):
+            assert ours == pytest.approx(theirs)
+    again.forget(0)
+    assert again.states(0) == {}
+    fresh = two_specialists(plants, rivers).predict(both, sense(RIVERS[-1]))[0]
+    assert again.predict(np.arange(1, 2), sense(RIVERS[-1]))[0][0] == pytest.approx(fresh[1])
+
+
+def test_a_slot_given_back_is_given_out_again(plants: FieldSpec, rivers: FieldSpec) -> None:
+    quality = two_specialists(plants, rivers)
+    for _ in range(3):
+        quality.learn_one(1, sense(OURS[0]), 0.0)
+        quality.learn_one(1, sense(RIVERS[0]), 1.0)
+        quality.learn_one(0, sense(OURS[0]), 1.0)
+        quality.forget(1)
+        assert quality.states(1) == {}
+        assert set(quality.states(0)) == {"quality/plants"}
+        quality.add(1, card("boatman", fields={"rivers": rivers}, priors=PriorSpec(quality={"rivers": 0.2})))
+        assert quality.predict(np.arange(1, 2), sense(RIVERS[-1]))[0][0] == pytest.approx(0.2, abs=0.05)
+
+
 def of_another_form(field: FieldSpec) -> FieldSpec:
     """As a CALM that saw fewer numbers of the form learned it."""
     return msgspec.structs.replace(field, weights=encoded(np.delete(field.numbers(), -2)))

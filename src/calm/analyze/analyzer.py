@@ -304,7 +304,7 @@ class Analyzer:
         quality = (rating - 1.0) / 4.0
         sense = _sense(features)
         expected = self._quality.predict_one(row, sense)
-        sd = math.hypot(expected.sd, self._quality.noise_sd(row))
+        sd = math.hypot(expected.sd, self._quality.noise_sd(row, sense))
         self._calibration.saw(model, "quality", Belief(mean=expected.mean, sd=sd), quality)
         return self._quality.learn_one(row, sense, quality)
 
@@ -335,7 +335,11 @@ class Analyzer:
         same_basis = memory.quality_basis == self._quality.fingerprint
         for name, remembered in memory.models.items():
             if not same_basis:
-                states = {key: state for key, state in remembered.states.items() if key != self._quality.name}
+                states = {
+                    key: state
+                    for key, state in remembered.states.items()
+                    if key.partition("/")[0] != self._quality.name
+                }
                 remembered = msgspec.structs.replace(remembered, states=states)
             card = self._cards.get(name)
             if card is None:

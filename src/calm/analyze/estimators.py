@@ -54,7 +54,6 @@ class Estimators:
             self.prefill,
             self.decode,
             self.energy,
-            self.quality,
         )
         self._stated: Array = np.zeros((len(Stated._fields), 0))
         self._known: dict[int, Known[float]] = {}
@@ -109,7 +108,8 @@ class Estimators:
     def states(self, row: int) -> dict[str, RowState]:
         """What was learned, by estimator; those that still hold their prior are left out."""
         states = {part.name: part.state(row) for part in self._all}
-        return {name: state for name, state in states.items() if state is not None}
+        told = {name: state for name, state in states.items() if state is not None}
+        return told | self.quality.states(row)
 
     def restore(self, row: int, states: Mapping[str, RowState]) -> None:
         """Estimators whose state is missing or does not fit stay as they are."""
@@ -117,4 +117,5 @@ class Estimators:
             state = states.get(part.name)
             if state is not None:
                 part.restore(row, state)
+        self.quality.restore(row, states)
         self.learned(row)

@@ -5,6 +5,9 @@ Prior: sum over fields and domains of P(it | question) * the card's quality in i
 linear regression of the residual (rating - prior) on what the question is about. Strong shrinkage: with few
 ratings a router that trusts them loses to the best single model.
 
+Each field has regressions of its own, beside those of what no field claims: that a reader of abstracts did well says
+nothing of the queries it would write, and with one regression three good abstracts were enough to have it write them.
+
 What the question is about is 64 numbers: a constant, the zero-shot domain probabilities, and a fixed random
 orthonormal projection of the embedding for what no domain names (Johnson and Lindenstrauss 1984). 64 and not
 256 because it learns as well and keeps a model's covariance at 32 KB; docs/decisions/0004 has the figures.
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +36,10 @@ UNSTATED_QUALITY = 0.5
 CLAIMED_DOMAIN_BONUS = 0.1
 DESCRIPTION_BONUS = 0.1
 
+ELSEWHERE = ""
+"""Questions that no field claims."""
+_CLAIMED = 0.5
+"""Probability from which a question is a field's."""
 _DEFAULT = "default"
 _NAMED = len(DESCRIPTORS)
 _FREE = DIMENSIONS - 1 - _NAMED
@@ -58,6 +65,8 @@ class Topic(NamedTuple):
     named: NDArray[np.float32]
     free: NDArray[np.float32]
     """The regression's features after the constant, (40,) and (23,)."""
+    place: str
+    """The field it most likely belongs to, where ratings of it are learned; ELSEWHERE when that is none."""
 
 
 class Quality:
@@ -68,8 +77,9 @@ class Quality:
     def __init__(self, embedder: Embedder | None) -> None:
         self._embedder = embedder
         self._bank = WideBank(_PRIOR, _FORGETTING)
-        self._rated: dict[int, int] = {}
-        self._slot_of: Rows = np.zeros(0, np.intp)  # `_rated` by row, -1 where nobody rated
+        self._rated: dict[tuple[str, int], int] = {}
+        """Slot of the bank by place and row."""
+        self._slot_of: dict[str, Rows] = {}  # the same as arrays over rows, -1 where nobody rated
         self._slots: list[int] = []
         self._domains = None if embedder is None else DomainSpace(embedder)
         self._fields = None if embedder is None else FieldSpace(embedder.name, embedder.dimensions)
@@ -110,9 +120,9 @@ class Quality:
         """The row's model has left, or its ratings no longer hold."""
         self._cards.pop(row, None)
         self._stale = True
-        slot = self._rated.pop(row, None)
-        if slot is not None:
-            self._slot_of[row] = -1
+        for place in self._places_of(row):
+            slot = self._rated.pop((place, row))
+            self._slot_of[place][row] = -1
             self._bank.reset(slot)
             self._slots.append(slot)
 
@@ -127,7 +137,8 @@ class Quality:
         shares = self._fields.shares(sense)
         left = posterior * (1.0 - shares.sum())
         free = self._basis.dot(embedding)
-        return Topic(np.concatenate([left, shares, embedding]), _DOMAIN_SCALE * coordinates, free)
+        claims = np.concatenate([left, shares, embedding])
+        return Topic(claims, _DOMAIN_SCALE * coordinates, free, place_of(self._fields.names, shares))
 
     def prior(self, rows: Span, topic: Topic | None) -> Array:
         """The cards' belief about a question, (m,)."""
@@ -141,13 +152,13 @@ class Quality:
         topic = self.topic(sense)
         mean = self.prior(rows, topic)
         sd = np.full(len(mean), unrated_sd(topic))
-        if self._rated:
-            self._correct(rows, topic, mean, sd)
+        slots = self._slot_of.get(_place(topic))
+        if slots is not None:
+            self._correct(slots[rows], topic, mean, sd)
         return np.minimum(np.maximum(mean, 0.0), 1.0), sd
 
-    def _correct(self, rows: Span, topic: Topic | None, mean: Array, sd: Array) -> None:
-        """What ratings taught, in place."""
-        slots = self._slot_of[rows]
+    def _correct(self, slots: Rows, topic: Topic | None, mean: Array, sd: Array) -> None:
+        """What ratings taught, into `mean` and `sd`."""
         where = np.flatnonzero(slots >= 0)
         if len(where):
             learned, variance = self._bank.predict_same(slots[where], features_of(topic))
@@ -158,9 +169,9 @@ class Quality:
         mean, sd = self.predict(np.asarray([row]), sense)
         return Belief(mean=float(mean[0]), sd=float(sd[0]))
 
-    def noise_sd(self, row: int) -> float:
+    def noise_sd(self, row: int, sense: Vector | None) -> float:
         """Spread of single ratings around the mean."""
-        slot = self._rated.get(row)
+        slot = self._rated.get((_place(self.topic(sense)), row))
         return _PRIOR.noise_sd if slot is None else self._bank.noise_sd(slot)
 
     def learn_one(self, row: int, sense: Vector | None, quality: float) -> bool:
@@ -169,14 +180,19 @@ class Quality:
             return False
         topic = self.topic(sense)
         prior = float(self.prior(np.asarray([row]), topic)[0])
-        return self._bank.learn_one(self._slot(row), features_of(topic), quality - prior)
+        return self._bank.learn_one(self._slot(_place(topic), row), features_of(topic), quality - prior)
 
-    def state(self, row: int) -> RowState | None:
-        slot = self._rated.get(row)
-        return None if slot is None else self._bank.state(slot)
+    def states(self, row: int) -> dict[str, RowState]:
+        """By `quality` for what no field claims, and by `quality/FIELD`; those nobody rated are left out."""
+        found = {_key(place): self._bank.state(self._rated[place, row]) for place in self._places_of(row)}
+        return {key: state for key, state in found.items() if state is not None}
 
-    def restore(self, row: int, state: RowState) -> bool:
-        return self._bank.restore(self._slot(row), state)
+    def restore(self, row: int, states: Mapping[str, RowState]) -> None:
+        """What does not fit is left as it is."""
+        for key, state in states.items():
+            name, _, place = key.partition("/")
+            if name == self.name:
+                self._bank.restore(self._slot(place, row), state)
 
     def domains_of(self, sense: Vector, most: int = 3) -> list[tuple[str, float]]:
         """The likeliest fields and domains of a question, for explaining a decision."""
@@ -201,20 +217,25 @@ class Quality:
         )
         self._stale = False
 
-    def _slot(self, row: int) -> int:
-        """Covariances are held only for models somebody rated: a row gets one with its first rating."""
-        if row not in self._rated:
+    def _places_of(self, row: int) -> list[str]:
+        return [place for place in self._slot_of if (place, row) in self._rated]
+
+    def _slot(self, place: str, row: int) -> int:
+        """Covariances are held only where somebody rated: a row gets one with its first rating in a place."""
+        if (place, row) not in self._rated:
             slot = self._slots.pop() if self._slots else len(self._rated)
             self._bank.grow(slot + 1)
-            self._rated[row] = self._slot_of[row] = slot
-        return self._rated[row]
+            slots = self._slot_of.setdefault(place, np.full(len(self._default), -1, np.intp))
+            self._rated[place, row] = slots[row] = slot
+        return self._rated[place, row]
 
     def _make_room(self, rows: int) -> None:
         extra = rows - len(self._default)
         if extra > 0:
             extra += rows // 2
             self._default = np.concatenate([self._default, np.full(extra, UNSTATED_QUALITY)])
-            self._slot_of = np.concatenate([self._slot_of, np.full(extra, -1)])
+            unrated = np.full(extra, -1, np.intp)
+            self._slot_of = {place: np.concatenate([old, unrated]) for place, old in self._slot_of.items()}
             blank = np.full((extra, self._table.shape[1]), UNSTATED_QUALITY)
             self._table = np.concatenate([self._table, blank])
             described = np.zeros((extra, self._described.shape[1]), self._described.dtype)
@@ -228,6 +249,20 @@ class Quality:
         if extra:
             blank = np.repeat(self._default[:, None], extra, axis=1)
             self._table = np.concatenate([self._table, blank], axis=1)
+
+
+def place_of(names: Sequence[str], shares: NDArray[np.float32]) -> str:
+    """The field that claims a question, or ELSEWHERE."""
+    likeliest = int(shares.argmax()) if len(shares) else -1
+    return names[likeliest] if likeliest >= 0 and shares[likeliest] >= _CLAIMED else ELSEWHERE
+
+
+def _place(topic: Topic | None) -> str:
+    return ELSEWHERE if topic is None else topic.place
+
+
+def _key(place: str) -> str:
+    return Quality.name if place == ELSEWHERE else f"{Quality.name}/{place}"
 
 
 def prior_row(
