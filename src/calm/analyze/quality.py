@@ -187,12 +187,14 @@ class Quality:
         found = {_key(place): self._bank.state(self._rated[place, row]) for place in self._places_of(row)}
         return {key: state for key, state in found.items() if state is not None}
 
-    def restore(self, row: int, states: Mapping[str, RowState]) -> None:
-        """What does not fit is left as it is."""
-        for key, state in states.items():
-            name, _, place = key.partition("/")
-            if name == self.name:
-                self._bank.restore(self._slot(place, row), state)
+    def restore(self, row: int, states: Mapping[str, RowState]) -> bool:
+        """Its own among them. What does not fit is left as it is, and False."""
+        mine = [key.partition("/") for key in states if key.partition("/")[0] == self.name]
+        fitted = [
+            self._bank.restore(self._slot(place, row), states[name + slash + place])
+            for name, slash, place in mine
+        ]
+        return all(fitted)
 
     def domains_of(self, sense: Vector, most: int = 3) -> list[tuple[str, float]]:
         """The likeliest fields and domains of a question, for explaining a decision."""
