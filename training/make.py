@@ -12,6 +12,7 @@ same bytes; another processor gives the same figures within their noise.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def main() -> int:
 
 def succeeds(call: list[str]) -> bool:
     print("+", shlex.join(call), file=sys.stderr, flush=True)
-    return subprocess.run(call, check=False).returncode == 0
+    root = str(HERE.resolve().parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return subprocess.run(call, check=False, env=os.environ | {"PYTHONPATH": path}).returncode == 0
 
 
 def derived(recipe: Mapping[str, object], data: Path) -> Iterator[list[str]]:
@@ -70,7 +73,7 @@ def derived(recipe: Mapping[str, object], data: Path) -> Iterator[list[str]]:
         ]  # fmt: skip
     for name, wanted in table(recipe, "invented").items():
         yield [
-            sys.executable, str(HERE / "sql_questions.py"), "--rows", str(wanted), "--out", str(MADE / f"{name}.jsonl")
+            sys.executable, "-m", "training.sql", "--rows", str(wanted), "--out", str(MADE / f"{name}.jsonl")
         ]  # fmt: skip
 
 

@@ -16,7 +16,11 @@ from calm.workloads.rows import Row
 from calm.workloads.sql import same_query
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from training.sql_questions import WORDS, Kind, listed, plural, rows, write
+from training.sql.__main__ import rows, write
+from training.sql.databases import known_words, plural
+from training.sql.phrases import listed
+
+from training import make
 
 ROWS = tuple(rows(1500, 0, "spider_dev"))
 SPIDER = {
@@ -82,8 +86,7 @@ def test_rows_are_the_same_again_of_the_train_part_and_none_twice() -> None:
 
 
 def test_no_database_of_spider_is_among_the_words() -> None:
-    words = msgspec.toml.decode(WORDS.read_bytes(), type=dict[str, Kind])
-    assert not SPIDER & {noun for kind in words.values() for noun in kind.nouns}
+    assert not SPIDER & {noun for kind in known_words().values() for noun in kind.nouns}
 
 
 def test_written_rows_are_read_back(tmp_path: Path) -> None:
@@ -113,3 +116,11 @@ def test_queries_can_be_judged() -> None:
     for row in draw.sample(ROWS, 100):
         assert row.answer
         assert same_query(row.answer, row.answer.replace(", ", " ,  "))
+
+
+def test_the_recipe_calls_it_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "MADE", tmp_path / "made")
+    monkeypatch.chdir(tmp_path)
+    (call,) = make.derived({"invented": {"spider_dev": 5}}, tmp_path)
+    assert make.succeeds(call)
+    assert len((tmp_path / "made" / "spider_dev.jsonl").read_bytes().splitlines()) == 5
