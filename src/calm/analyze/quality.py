@@ -189,11 +189,8 @@ class Quality:
 
     def restore(self, row: int, states: Mapping[str, RowState]) -> bool:
         """Its own among them. What does not fit is left as it is, and False."""
-        mine = [key.partition("/") for key in states if key.partition("/")[0] == self.name]
-        fitted = [
-            self._bank.restore(self._slot(place, row), states[name + slash + place])
-            for name, slash, place in mine
-        ]
+        mine = [key for key in states if key == self.name or key.startswith(f"{self.name}/")]
+        fitted = [self._bank.restore(self._slot(key.partition("/")[2], row), states[key]) for key in mine]
         return all(fitted)
 
     def domains_of(self, sense: Vector, most: int = 3) -> list[tuple[str, float]]:
